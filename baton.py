@@ -1,0 +1,155 @@
+"""The `baton` command: reads the command line, calls, and turns expected errors into one line. Imports lazily.
+
+Exit codes: 0 done, 1 failed, 2 asked for something that cannot be, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from types import FrameType
+from typing import NoReturn
+
+from core.errors import BatonError, ConfigError
+
+_PASSED = ("--prefill-args", "--decode-args")
+_BENCHMARKS = ("handoff",)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are ours, and name the nearest known option."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        options, unknown = self.parse_known_args(arguments)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise ConfigError(f"unknown argument {unknown[0]!r}; {hint}")
+        return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The console script's entry."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {"serve": _serve, "instance": _instance, "demo": _demo, "bench": _bench}
+    if not given or given[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0 if given else 2
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    try:
+        if given[0] not in commands:
+            near = difflib.get_close_matches(given[0], commands, n=1, cutoff=0.5)
+            raise ConfigError(f"unknown command {given[0]!r}; {_did_you_mean(near, list(commands))}")
+        return commands[given[0]](given[1:])
+    except BatonError as error:
+        with suppress(BrokenPipeError):
+            print(f"baton: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except (KeyboardInterrupt, BrokenPipeError):
+        return 130
+
+
+_USAGE = """usage: baton COMMAND ...
+
+  serve xPyD   start x prefill and y decode instances behind one OpenAI endpoint, and stay up
+  instance     start one instance that joins a proxy, here or on another host
+  demo         start 1P1D with the bundled model, ask a question, show its timeline, stop
+  bench NAME   measure; NAME is one of: handoff
+
+baton COMMAND --help says more."""
+
+
+def _serve(arguments: Sequence[str]) -> int:
+    parser = _Parser("baton serve", description="Starts a topology and stays up until stopped.", allow_abbrev=False)
+    parser.add_argument("topology", metavar="xPyD", help="for example 1P1D; 0P1D is one plain vLLM behind the proxy")
+    parser.add_argument("--model", help="a folder or a hub's name; the bundled model if left out")
+    parser.add_argument("--host", default="127.0.0.1", help="the proxy's interface (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="the proxy's port (8000)")
+    parser.add_argument("--prefill-args", type=_words, default=(), metavar='"..."', help="for vLLM, prefill instances")
+    parser.add_argument("--decode-args", type=_words, default=(), metavar='"..."', help="for vLLM, decode instances")
+    parser.add_argument("--transport", choices=("auto", "shm", "zmq"), default="auto", help="how KV moves (auto)")
+    parser.add_argument("--start", choices=("fork", "plain"), help="how instances start (fork on CPUs, else plain)")
+    return _call("cluster.serve", parser.parse(_joined(arguments)))
+
+
+def _instance(arguments: Sequence[str]) -> int:
+    parser = _Parser(
+        "baton instance",
+        description="Starts one instance that joins a proxy. What follows -- goes to vLLM.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--role", choices=("prefill", "decode"), required=True)
+    parser.add_argument("--join", required=True, metavar="http://HOST:PORT", help="the proxy")
+    parser.add_argument("--model", help="a folder or a hub's name; the bundled model if left out")
+    parser.add_argument("--host", default="127.0.0.1", help="this host's address as the others reach it (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=0, help="of its OpenAI server (a free one)")
+    parser.add_argument("--name", help="unique behind one proxy")
+    parser.add_argument("--transport", choices=("auto", "shm", "zmq"), default="auto", help="how KV moves (auto)")
+    own, _, passed = _split(arguments)
+    options = parser.parse(own)
+    options.passed = tuple(passed)
+    return _call("cluster.single", options)
+
+
+def _demo(arguments: Sequence[str]) -> int:
+    parser = _Parser("baton demo", description="1P1D with the bundled model on free ports, one chat, its timeline.")
+    return _call("cluster.demo", parser.parse(arguments))
+
+
+def _bench(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] not in _BENCHMARKS:
+        raise ConfigError(f"baton bench needs a name: {', '.join(_BENCHMARKS)}")
+    return int(importlib.import_module(f"benchmarks.{arguments[0]}").run(list(arguments[1:])))
+
+
+def _call(module: str, options: argparse.Namespace) -> int:
+    return int(importlib.import_module(module).run(options))
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """`--prefill-args "--x"` as `--prefill-args=--x`: argparse takes a value that starts with a dash for an option."""
+    result: list[str] = []
+    for argument in arguments:
+        if result and result[-1] in _PASSED:
+            result[-1] += "=" + argument
+        else:
+            result.append(argument)
+    return result
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], str, list[str]]:
+    given = list(arguments)
+    if "--" not in given:
+        return given, "", []
+    index = given.index("--")
+    return given[:index], "--", given[index + 1 :]
+
+
+def _words(text: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error} in {text!r}") from error
+
+
+def _did_you_mean(near: list[str], known: list[str]) -> str:
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Makes a topology real: local processes, their start, supervision and end."""

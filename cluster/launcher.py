@@ -1,0 +1,226 @@
+"""Makes a topology real on this machine: a proxy, instances behind it, and someone who starts again what died.
+
+    launcher ─┬─ proxy
+              ├─ zygote ─┬─ prefill-0 ── engine core      each arrow: own process group, and a tie by which the
+              │          └─ decode-0  ── engine core      kernel kills the child when its parent dies
+              └─ supervisor (a thread)
+
+With a plain start the instances hang on the launcher itself. Sockets, logs and locks live in one run folder.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+
+from cluster import plan
+from cluster.members import InstanceMember, Member, get, plain_starter
+from cluster.options import ClusterOptions, Start
+from cluster.processes import start_child, stop_groups
+from cluster.progress import Progress
+from cluster.runfolder import RunFolder
+from cluster.supervisor import Supervisor
+from cluster.zygote import Zygote
+from core.errors import BatonError, UnsupportedError
+from core.topology import Topology
+from engine.build import installed_build
+from engine.instance import InstanceSpec, cache_folder
+
+_POLL_S = 0.05
+_SOURCE = Path(__file__).resolve().parent.parent
+
+
+class Cluster:
+    """A running topology: `with Cluster("1P1D") as cluster: ... cluster.url`.
+
+    zygote: a preloaded process to share; it is left running. Start it from a thread that outlives this cluster.
+    """
+
+    def __init__(
+        self,
+        topology: Topology | str,
+        options: ClusterOptions | None = None,
+        progress: Progress | None = None,
+        zygote: Zygote | None = None,
+    ) -> None:
+        self._options = options or ClusterOptions()
+        self._progress = progress
+        self._build = installed_build()
+        host, port = plan.proxy_address(self._options)
+        self.url = f"http://{host}:{port}"
+        topology = Topology.parse(topology) if isinstance(topology, str) else topology
+        self._specs = plan.instances(topology, self._options, _reachable(host, port), self._build)
+        self._start = plan.start_of(self._options, self._build)
+        self._shared_zygote = zygote
+        self._parts = _Parts()
+
+    @property
+    def instances(self) -> list[InstanceMember]:
+        """Prefill instances first."""
+        return self._parts.instances
+
+    @property
+    def proxy(self) -> Member:
+        if self._parts.proxy is None:
+            raise BatonError("the cluster is not started")
+        return self._parts.proxy
+
+    @property
+    def failed(self) -> str:
+        """The names of what died too often and stays down; "" as long as all is well."""
+        return ", ".join(sorted(self._parts.supervisor.given_up)) if self._parts.supervisor else ""
+
+    def instance(self, name: str) -> InstanceMember:
+        """By name: prefill-0, decode-0, decode-1, ..."""
+        return next(member for member in self.instances if member.name == name)
+
+    def __enter__(self) -> Cluster:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Returns when every instance is ready. Raises BatonError with the last words of what died before."""
+        parts = self._parts
+        parts.folder = RunFolder.create()
+        parts.proxy = self._start_proxy(parts.folder)
+        zygote = self._start_zygote(parts.folder)
+        for spec in self._specs:
+            member = self._member(spec, parts.folder, zygote)
+            parts.instances.append(member)
+            member.start()
+        self.wait_ready()
+        if self._options.restart:
+            parts.supervisor = Supervisor([parts.proxy, *parts.instances], self._note)
+            parts.supervisor.start()
+
+    def wait_ready(self, timeout_s: float | None = None) -> None:
+        """Until the proxy can use every instance. Raises BatonError at the time limit, or if one died unsupervised."""
+        self._wait(self._not_ready, timeout_s or self._options.start_timeout_s)
+
+    def stop(self) -> None:
+        """Ends everything that was started; returns when no process of it lives. May be called again."""
+        parts, self._parts = self._parts, _Parts()
+        if parts.supervisor:
+            parts.supervisor.stop()
+        members: list[Member] = [*parts.instances, *([parts.proxy] if parts.proxy else [])]
+        for member in members:
+            member.leave()
+        stop_groups([member.child for member in members if member.child])
+        if parts.zygote:
+            parts.zygote.close()
+        if parts.supervisor:
+            parts.supervisor.release()
+        if parts.folder:
+            parts.folder.remove()
+
+    def _start_proxy(self, folder: RunFolder) -> Member:
+        host, port = self.url.removeprefix("http://").rsplit(":", 1)
+        command = [sys.executable, "-P", "-m", "proxy", "--host", host, "--port", port]
+        command += self._options.proxy_arguments
+        log = folder.path / "proxy.log"
+        variables = {"PYTHONPATH": os.pathsep.join(filter(None, [str(_SOURCE), os.environ.get("PYTHONPATH", "")]))}
+        proxy = Member("proxy", log, lambda: start_child(command, variables, log))
+        proxy.start()
+        self._parts.proxy = proxy
+        self._wait(lambda: "" if get(f"{self._specs[0].join}/health")[0] else "proxy", 60.0)
+        if self._progress:
+            self._progress.done(f"proxy listens on {self.url}")
+        return proxy
+
+    def _start_zygote(self, folder: RunFolder) -> Zygote | None:
+        """None where instances start plainly."""
+        if self._start is Start.PLAIN or self._shared_zygote:
+            return self._shared_zygote if self._start is Start.FORK else None
+        spec = self._specs[0]
+        zygote = Zygote(
+            folder.path, spec.variables(folder.subfolder("zygote"), cache_folder(Path.home()), self._build.device)
+        )
+        self._parts.zygote = zygote
+        try:
+            self._wait(lambda: "" if zygote.is_ready() else "vLLM to be imported", 300.0)
+        except UnsupportedError as error:
+            self._note(f"{error}: starting each instance plainly instead, which takes longer")
+            return None
+        if self._progress:
+            self._progress.done("vLLM imported")
+        return zygote
+
+    def _member(self, spec: InstanceSpec, folder: RunFolder, zygote: Zygote | None) -> InstanceMember:
+        log = folder.path / f"{spec.name}.log"
+        variables = spec.variables(folder.subfolder(spec.name), cache_folder(Path.home()), self._build.device)
+        if zygote is None:
+            return InstanceMember(spec, log, plain_starter(spec, log, variables, self._build.device))
+        arguments = spec.serve_arguments(self._build.device)
+        return InstanceMember(spec, log, lambda: zygote.fork(arguments, variables, log))
+
+    def _not_ready(self) -> str:
+        """The names of instances that the proxy cannot use yet."""
+        status, body = get(f"{self._specs[0].join}/instances")
+        ready = _ready_names(body) if status == 200 else set()
+        return ", ".join(member.name for member in self.instances if member.name not in ready)
+
+    def _wait(self, missing: Callable[[], str], timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while text := missing():
+            self._check_living()
+            if time.monotonic() > deadline:
+                raise BatonError(f"waited {timeout_s:.0f} s in vain for {text}\n{self._last_words()}".rstrip())
+            if self._progress:
+                self._progress.waiting(f"waiting for {text}")
+            time.sleep(_POLL_S)
+
+    def _check_living(self) -> None:
+        """Raises BatonError if something died that nobody starts again."""
+        parts = self._parts
+        if parts.supervisor and not parts.supervisor.given_up:
+            return
+        for member in [*([parts.proxy] if parts.proxy else []), *parts.instances]:
+            code = member.exit_code()
+            if code is not None:
+                raise BatonError(
+                    f"{member.name} ended during start with exit code {code}\n{member.last_words()}".rstrip()
+                )
+
+    def _last_words(self) -> str:
+        return "\n".join(member.last_words() for member in self.instances)
+
+    def _note(self, text: str) -> None:
+        if self._progress:
+            self._progress.note(text)
+
+
+class _Parts:
+    """What is running now."""
+
+    def __init__(self) -> None:
+        self.folder: RunFolder | None = None
+        self.proxy: Member | None = None
+        self.zygote: Zygote | None = None
+        self.supervisor: Supervisor | None = None
+        self.instances: list[InstanceMember] = []
+
+
+def _reachable(host: str, port: int) -> str:
+    """The address by which processes of this machine reach a server that may listen on every interface."""
+    return f"http://{plan.LOOPBACK if host in ('0.0.0.0', '') else host}:{port}"
+
+
+def _ready_names(body: bytes) -> set[str]:
+    listing = msgspec.json.decode(body)
+    entries = listing["instances"] if isinstance(listing, dict) else listing
+    return {entry["name"] for entry in entries if entry.get("state") == "ready"}

@@ -1,0 +1,80 @@
+"""From a topology to the instances that make it: names, ports, cores. Refuses before anything is started."""
+
+from __future__ import annotations
+
+import os
+
+from cluster import cores
+from cluster.options import ClusterOptions, Start
+from cluster.ports import check_free, free_ports
+from core.errors import ConfigError
+from core.handoff import Role
+from core.topology import Topology
+from engine.build import Build, Device
+from engine.instance import ENV_VLLM_CORES, InstanceSpec
+from engine.preflight import check_arguments, check_memory, check_model
+
+LOOPBACK = "127.0.0.1"
+
+
+def instances(topology: Topology, options: ClusterOptions, proxy_url: str, build: Build) -> list[InstanceSpec]:
+    """Decode instances last. Raises ConfigError for anything that would only fail after a long start."""
+    roles = [Role.PREFILL] * topology.num_prefill + [Role.DECODE] * topology.num_decode
+    ports = free_ports(len(roles), LOOPBACK)
+    shares = _cores(len(roles), build)
+    specs = [
+        InstanceSpec(
+            name=f"{role.value}-{index if role is Role.PREFILL else index - topology.num_prefill}",
+            role=role,
+            model=options.model,
+            host=LOOPBACK,
+            port=ports[index],
+            join=proxy_url,
+            plain=topology.num_prefill == 0,
+            transport=options.transport,
+            cores=shares[index],
+            arguments=options.arguments(role),
+            connector=options.connector_of(role),
+            environment=options.environment,
+        )
+        for index, role in enumerate(roles)
+    ]
+    check(specs, build)
+    return specs
+
+
+def check(specs: list[InstanceSpec], build: Build) -> None:
+    """Everything that can be known before a start."""
+    for spec in specs:
+        spec.serve_arguments(build.device)
+        check_arguments(spec.arguments, plain=spec.plain)
+        check_model(spec.model.path, plain=spec.plain)
+    if build.device is Device.CPU:
+        check_memory(specs)
+
+
+def proxy_address(options: ClusterOptions) -> tuple[str, int]:
+    """Where the proxy will listen. Raises ConfigError if somebody does already."""
+    if options.port:
+        check_free(options.port, options.host)
+        return options.host, options.port
+    return options.host, free_ports(1, options.host)[0]
+
+
+def start_of(options: ClusterOptions, build: Build) -> Start:
+    """How to start. Raises ConfigError if that is impossible on this device."""
+    if options.start is Start.FORK and build.device is not Device.CPU:
+        raise ConfigError("instances on a GPU cannot be forked: use --start plain")
+    return options.start or (Start.FORK if build.device is Device.CPU else Start.PLAIN)
+
+
+def _cores(count: int, build: Build) -> list[tuple[int, ...]]:
+    if build.device is not Device.CPU:
+        return [()] * count
+    given = os.environ.get(ENV_VLLM_CORES, "")
+    if given not in cores.AUTOMATIC:
+        try:
+            return [cores.parse(given)] * count
+        except ValueError as error:
+            raise ConfigError(f"{ENV_VLLM_CORES}={given!r} is not a list of cores such as 0,2-4") from error
+    return cores.shares(sorted(os.sched_getaffinity(0)), count)

@@ -1,0 +1,91 @@
+"""Children of the launcher, each the head of a process group of its own: looked at, signalled and ended as groups.
+
+A group counts as alive while /proc shows a member that is not a zombie; a killed API server's engine core is one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+from transport.parent import tied
+
+STOP_TIMEOUT_S = 4.0
+KILL_TIMEOUT_S = 2.0
+_POLL_S = 0.02
+
+
+class Child(Protocol):
+    """One started process; its pid is its group's id."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None:
+        """Its exit code (negative: by that signal), None while it runs."""
+
+
+def start_child(command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Starts a command in its own session, output to a file, killed with the calling thread."""
+    variables = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            tied(list(command)),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=variables | dict(environment),
+        )
+
+
+def group_members(group: int) -> list[int]:
+    """Living processes of a group."""
+    return [pid for pid, found in _groups() if found == group]
+
+
+def living_groups(groups: Collection[int]) -> set[int]:
+    """Those of the groups that have a living process."""
+    return {found for _, found in _groups() if found in groups}
+
+
+def signal_group(group: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
+
+
+def stop_groups(children: Sequence[Child], timeout_s: float = STOP_TIMEOUT_S) -> None:
+    """SIGTERM to all at once, SIGKILL to what is left after the time; returns when nothing of them lives."""
+    _end(children, signal.SIGTERM, timeout_s)
+    _end(children, signal.SIGKILL, KILL_TIMEOUT_S)
+
+
+def _end(children: Sequence[Child], number: signal.Signals, timeout_s: float) -> None:
+    groups = {child.pid for child in children}
+    alive = living_groups(groups)
+    for group in alive:
+        signal_group(group, number)
+    deadline = time.monotonic() + timeout_s
+    while alive and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+        for child in children:
+            child.poll()
+        alive = living_groups(groups)
+
+
+def _groups() -> list[tuple[int, int]]:
+    """(pid, group) of every process that is not a zombie."""
+    result = []
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with suppress(OSError, IndexError, ValueError):
+                fields = Path(entry.path, "stat").read_bytes().rpartition(b")")[2].split()
+                if fields[0] not in (b"Z", b"X"):
+                    result.append((int(entry.name), int(fields[2])))
+    return result

@@ -1,0 +1,91 @@
+"""Starts again what died: one thread, a line per event, and an end to patience."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from cluster.members import Member
+from core.errors import BatonError
+
+POLL_S = 0.2
+
+
+class RestartBudget:
+    """At most `most` starts in `window_s`, with a pause before each that doubles while they come close together."""
+
+    def __init__(self, most: int = 5, window_s: float = 60.0, first_pause_s: float = 0.2) -> None:
+        self._most = most
+        self._window_s = window_s
+        self._first_pause_s = first_pause_s
+        self._starts: deque[float] = deque()
+
+    def pause_s(self, now_s: float) -> float | None:
+        """Seconds to wait before the next start, None if there have been too many."""
+        while self._starts and now_s - self._starts[0] > self._window_s:
+            self._starts.popleft()
+        if len(self._starts) >= self._most:
+            return None
+        self._starts.append(now_s)
+        return float(self._first_pause_s * 2 ** (len(self._starts) - 1))
+
+
+class Supervisor:
+    """Watches from its own thread, which is also the one that starts: it must live as long as what it has started."""
+
+    def __init__(self, members: Sequence[Member], say: Callable[[str], None]) -> None:
+        self._members = members
+        self._say = say
+        self._budgets = {member.name: RestartBudget() for member in members}
+        self._due_s: dict[str, float] = {}
+        self._stopping = threading.Event()
+        self._released = threading.Event()
+        self._starting = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="baton-supervisor", daemon=True)
+        self.given_up: set[str] = set()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """No more starts from now on; waits for one that is under way."""
+        self._stopping.set()
+        with self._starting:
+            pass
+
+    def release(self) -> None:
+        """Ends the thread, and by the kernel's hand whatever it started: for after everything was stopped."""
+        self._released.set()
+
+    def _run(self) -> None:
+        while not self._stopping.wait(POLL_S):
+            for member in self._members:
+                with self._starting:
+                    if member.name not in self.given_up and not self._stopping.is_set():
+                        self._look_after(member)
+        self._released.wait()
+
+    def _look_after(self, member: Member) -> None:
+        now_s = time.monotonic()
+        if member.name in self._due_s:
+            if now_s >= self._due_s[member.name]:
+                del self._due_s[member.name]
+                self._start(member)
+        elif (code := member.exit_code()) is not None:
+            member.after_death()
+            pause_s = self._budgets[member.name].pause_s(now_s)
+            if pause_s is None:
+                self.given_up.add(member.name)
+                self._say(f"{member.name} keeps dying (exit code {code}) and stays down\n{member.last_words()}")
+            else:
+                self._due_s[member.name] = now_s + pause_s
+                self._say(f"{member.name} ended with exit code {code}; starting it again")
+
+    def _start(self, member: Member) -> None:
+        try:
+            member.start()
+        except (BatonError, OSError) as error:
+            self.given_up.add(member.name)
+            self._say(f"{member.name} could not be started again: {error}")

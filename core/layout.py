@@ -1,0 +1,49 @@
+"""How a KV block lies in memory, and whose it is: the guard of every exchange.
+
+Two instances may exchange blocks only if every field is equal: a block is moved as bytes, and bytes that lie
+differently, or come from other weights, are silent corruption.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import msgspec
+
+from core.errors import LayoutMismatch
+
+PROTOCOL_VERSION = 1
+"""History. 1: Accept, Decline, Cancel, Cancelled, Refused, Failed, Landed."""
+
+
+class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The shape of one (layer, block) and the identity of the model that fills it.
+
+    block_bytes: bytes of one block of one layer, K and V together.
+    block_size: tokens of one block.
+    order: vLLM's name of the layout plus the interior packing, for example `LBHNC`.
+    isa: the CPU attention's packing of the block interior (`amx`, `vec`, ...), empty on a GPU.
+    model: hash over the model's configuration and weights identity (see engine/identity.py).
+    """
+
+    model: str
+    dtype: str
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    block_size: int
+    block_bytes: int
+    order: str
+    isa: str
+    protocol: int = PROTOCOL_VERSION
+
+    def fingerprint(self) -> str:
+        """32 hex digits over every field."""
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:32]
+
+    def check_same(self, other: KVLayout) -> None:
+        """Raises LayoutMismatch naming each field that differs with both values (ours, then theirs)."""
+        ours, theirs = msgspec.structs.asdict(self), msgspec.structs.asdict(other)
+        differing = [f"{k}: ours {ours[k]!r}, theirs {theirs[k]!r}" for k in ours if ours[k] != theirs[k]]
+        if differing:
+            raise LayoutMismatch("KV layouts differ; " + "; ".join(differing))

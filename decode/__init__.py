@@ -1,0 +1,1 @@
+"""The receiving half: ask, accept, count what landed, fall back to computing."""

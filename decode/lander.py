@@ -1,0 +1,186 @@
+"""The receiving worker: opens landings, counts what arrived, compares digests, and keeps the fence.
+
+A hand-off counts as received only when the scheduler has the sender's Landed *and* this worker has seen the notice
+behind the last write, counted every (layer, block) pair where the transport can count, and found the sender's digest
+in its own memory. A hand-off that is given up is reported lost only when no write can follow any more: the sender
+said so, its connection ended, or the landing itself refuses.
+
+Memory and threads: the engine's worker thread only. The transports' threads write into the blocks by themselves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from core.clock import Clock
+from decode.land import Arm, Check, Drop, LandCommands, LandResults, Lost, Received
+from transport.base import Blocks, Landing, Region, Transport
+from transport.digest import add, blocks_digest
+from transport.faultpoint import FaultPoint
+
+AUDIT_BYTE = 0xFF
+"""Every float type of the cache reads this pattern as NaN."""
+
+DEAD_PEER_GRACE_S = 1.0
+"""A worker process outlives its dead scheduler by less than this (the kernel ends it with its parent)."""
+
+NOTICE_TIMEOUT_S = 5.0
+"""How long Landed may be ahead of the notice behind the data, which travels on another socket."""
+
+
+@dataclass
+class _Landing:
+    """One hand-off that is being received; a landing per transport that was offered."""
+
+    arm: Arm
+    landings: dict[str, Landing]
+    notices: dict[str, list[bytes]] = field(default_factory=dict)
+    check: Check | None = None
+    check_since_s: float = 0.0
+    drop: Drop | None = None
+    drop_since_s: float = 0.0
+    fenced: bool = False
+
+
+class Lander:
+    """Receives every hand-off of this worker. `regions` are its KV cache, one per layer in layer order."""
+
+    def __init__(
+        self,
+        transports: Mapping[str, Transport],
+        regions: Sequence[Region],
+        clock: Clock,
+        faults: FaultPoint,
+    ) -> None:
+        self._transports = transports
+        self._regions = regions
+        self._clock = clock
+        self._faults = faults
+        self._open: dict[str, _Landing] = {}
+        self._results = LandResults()
+
+    def begin_step(self, commands: LandCommands) -> None:
+        """Takes one step's orders, before its forward pass."""
+        for arm in commands.arm:
+            self._arm(arm)
+        for check in commands.check:
+            landing = self._open.get(check.handoff)
+            if landing is not None:
+                landing.check, landing.check_since_s = check, self._clock.monotonic_s()
+        for drop in commands.drop:
+            landing = self._open.get(drop.handoff)
+            if landing is not None:
+                if landing.drop is None or drop.peer_dead:
+                    landing.drop, landing.drop_since_s = drop, self._clock.monotonic_s()
+                landing.fenced = landing.fenced or drop.fenced
+
+    def end_step(self) -> LandResults:
+        """What is received or lost since the last step."""
+        for handoff, landing in list(self._open.items()):
+            if self._settle(landing):
+                del self._open[handoff]
+        results, self._results = self._results, LandResults()
+        return results
+
+    def num_waiting(self) -> int:
+        """Hand-offs whose end depends on something that comes without a message: the engine should come back."""
+        return sum(1 for landing in self._open.values() if landing.check or landing.drop)
+
+    def _arm(self, arm: Arm) -> None:
+        if arm.audit:
+            self._fill(arm.block_ids)
+        blocks = [Blocks(region.id, tuple(arm.block_ids)) for region in self._regions]
+        landings = {scheme: transport.expect(arm.handoff, blocks) for scheme, transport in self._transports.items()}
+        self._open[arm.handoff] = _Landing(arm, landings)
+        self._results.armed.append(arm.handoff)
+
+    def _settle(self, landing: _Landing) -> bool:
+        """Whether the hand-off has ended."""
+        if landing.drop is not None:
+            return self._settle_dropped(landing, landing.drop)
+        if landing.check is None:
+            return False
+        check = landing.check
+        source = landing.landings.get(check.scheme)
+        if source is None:
+            return self._lose(landing, f"unknown transport {check.scheme!r}")
+        if check.handoff.encode() not in source.poll():
+            overdue = self._clock.monotonic_s() - landing.check_since_s > NOTICE_TIMEOUT_S
+            return self._lose(landing, "the notice behind the data did not come") if overdue else False
+        begun_s = self._clock.monotonic_s()
+        why = self._compare(landing, source, check)
+        if why:
+            return self._lose(landing, why)
+        self._receive(landing, self._clock.monotonic_s() - begun_s)
+        return True
+
+    def _settle_dropped(self, landing: _Landing, drop: Drop) -> bool:
+        closed = [source.close() or source.peer_gone() for source in landing.landings.values()]
+        is_dead = drop.peer_dead and self._clock.monotonic_s() - landing.drop_since_s > DEAD_PEER_GRACE_S
+        if landing.fenced or all(closed) or is_dead:
+            self._results.lost.append(Lost(landing.arm.handoff, landing.arm.request_id, drop.why))
+            return True
+        return False
+
+    def _compare(self, landing: _Landing, source: Landing, check: Check) -> str:
+        """Why what arrived is not what was sent; empty if it is."""
+        expected = len(landing.arm.block_ids) * len(self._regions)
+        if check.num_pairs != expected:
+            return f"sent {check.num_pairs} of {expected} blocks"
+        written = source.num_written()
+        if written is not None and written != expected:
+            return f"received {written} of {expected} blocks"
+        digest = source.digest()
+        if digest is None or not check.full_digest:
+            digest = self._digest(landing.arm.block_ids, full=check.full_digest)
+        return "" if digest == check.digest else "digest differs: a block is torn, misplaced or flipped"
+
+    def _digest(self, block_ids: list[int], *, full: bool) -> int:
+        total = 0
+        for region in self._regions:
+            total = add(total, blocks_digest(region, block_ids, 0, full=full))
+        return total
+
+    def _receive(self, landing: _Landing, check_s: float) -> None:
+        block_ids = landing.arm.block_ids
+        pairs = len(block_ids) * len(self._regions)
+        audited, unwritten = self._audit(block_ids) if landing.arm.audit else (0, 0)
+        self._results.received.append(
+            Received(
+                handoff=landing.arm.handoff,
+                request_id=landing.arm.request_id,
+                num_pairs=pairs,
+                num_bytes=len(block_ids) * sum(region.block_bytes for region in self._regions),
+                check_s=check_s,
+                audited=audited,
+                unwritten=unwritten,
+            )
+        )
+        self._close(landing)
+
+    def _lose(self, landing: _Landing, why: str) -> bool:
+        """Landed has come, so the sender has finished writing: no fence is missing."""
+        self._close(landing)
+        self._results.lost.append(Lost(landing.arm.handoff, landing.arm.request_id, why))
+        return True
+
+    def _close(self, landing: _Landing) -> None:
+        for source in landing.landings.values():
+            source.close()
+
+    def _fill(self, block_ids: list[int]) -> None:
+        for region in self._regions:
+            for block_id in block_ids:
+                ctypes.memset(region.address + block_id * region.stride, AUDIT_BYTE, region.block_bytes)
+
+    def _audit(self, block_ids: list[int]) -> tuple[int, int]:
+        """(pairs looked at, pairs that still hold a cache line of the pattern)."""
+        line = bytes([AUDIT_BYTE]) * 64
+        pairs = [(region, block_id) for region in self._regions for block_id in block_ids]
+        unwritten = sum(
+            line in ctypes.string_at(region.address + block_id * region.stride, region.block_bytes)
+            for region, block_id in pairs
+        )
+        return len(pairs), unwritten

@@ -1,0 +1,379 @@
+"""The receiving scheduler: what to ask from P, when it counts as received, and when to compute instead.
+
+    engine ── look_up ──▶ 0: compute here   n: ask P for n tokens   None: ask me again
+           ── reserve ──▶ Accept ─────────▶ P ... Landed ◀── P
+           ◀── received / lost ── worker: counted, compared        lost: the engine computes the prompt itself
+
+A request whose hand-off failed is computed here, at most `limits.recomputes` of them at a time; the others wait
+without blocks. Blocks go back to the engine only behind the fence (transport/handoff.py).
+
+Threads: the engine's thread calls everything except `on_message`, `on_peer_lost` and `tick`, which the control
+plane's thread calls; one lock guards all. Nothing here waits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from core.handoff import Peer
+from core.layout import KVLayout
+from core.prompt import Prompt
+from decode.accounts import Account, Accounts
+from decode.admission import Capacity, Limits, fits
+from decode.land import Arm, Check, Drop, LandCommands, LandResults, Received
+from transport.digest import is_full
+from transport.handoff import Event, Receiving, advance_receiving, allows
+from transport.messages import Accept, Cancel, Cancelled, Decline, Failed, Landed, Message, Refused
+from transport.ports import Ports
+
+
+@dataclass
+class Incoming:
+    """One hand-off as the decode side sees it. `retried`: it failed, and the engine computes the prompt."""
+
+    prompt: Prompt
+    prefill: Peer
+    deadline_s: float
+    state: Receiving = Receiving.NEW
+    found_tokens: int = 0
+    asked_tokens: int = 0
+    block_ids: tuple[int, ...] = ()
+    retried: bool = False
+    is_computing: bool = False
+    client_gone: bool = False
+    accept: Accept | None = None
+
+    @property
+    def id(self) -> str:
+        return self.prompt.handoff.id
+
+    def __repr__(self) -> str:
+        return f"<Incoming {self.id} {self.state.value} {len(self.block_ids)} blocks from {self.prefill.name}>"
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What this instance offers to senders. audit: fill blocks with a pattern before Accept and count afterwards."""
+
+    layout: KVLayout
+    schemes: list[tuple[str, bytes]]
+    full_digest: bool = False
+    audit: bool = False
+
+
+class Receiver:
+    """All hand-offs that this instance receives."""
+
+    def __init__(self, me: Peer, offer: Offer, ports: Ports, accounts: Accounts, limits: Limits) -> None:
+        self._me = me
+        self._offer = offer
+        self._ports = ports
+        self._accounts = accounts
+        self._limits = limits
+        self._block_size = offer.layout.block_size
+        self._min_tokens = limits.min_tokens or self._block_size
+        self._lock = threading.RLock()
+        self._all: dict[str, Incoming] = {}
+        self._by_request: dict[str, Incoming] = {}
+        self._lost_peers: set[str] = set()
+        self._counted: set[str] = set()
+        self._commands = LandCommands()
+
+    # ---- the engine's thread ----
+
+    def look_up(self, prompt: Prompt, found_tokens: int, capacity: Callable[[], Capacity]) -> int | None:
+        """How many tokens, after `found_tokens` of its own cache, to ask from P. None: not now. May be repeated."""
+        prefill = prompt.handoff.prefill
+        if prefill is None:
+            return 0
+        with self._lock:
+            incoming = self._by_request.get(prompt.request_id)
+            if incoming is None:
+                deadline_s = self._ports.clock.monotonic_s() + prompt.handoff.timeout_s
+                incoming = Incoming(prompt, prefill, deadline_s)
+                self._by_request[prompt.request_id] = self._all[prompt.handoff.id] = incoming
+            if incoming.retried:
+                return self._may_compute(incoming)
+            if incoming.state is not Receiving.NEW:
+                return 0
+            missing = prompt.num_tokens - 1 - found_tokens
+            if missing < self._min_tokens:
+                self._decline(incoming, "cached" if found_tokens else "short")
+                return 0
+            if prefill.boot_id in self._lost_peers:
+                return self._fall_back(incoming, "the prefill instance died")
+            if self._ports.clock.monotonic_s() > incoming.deadline_s:
+                return self._fall_back(incoming, "no room before the deadline")
+            needed = self._num_blocks(prompt.num_tokens - 1, found_tokens)
+            if not fits(capacity(), self._limits, self._reserved_blocks(), needed):
+                return None
+            return missing
+
+    def reserve(self, request_id: str, block_ids: list[int], num_tokens: int, found_tokens: int) -> None:
+        """The engine has allocated all blocks of the request; `num_tokens` of them are to come from P."""
+        with self._lock:
+            incoming = self._by_request.get(request_id)
+            if incoming is None or incoming.state is not Receiving.NEW or incoming.retried:
+                return
+            if num_tokens <= 0:
+                self._decline(incoming, "the engine does not read caches for this request")
+                return
+            first = found_tokens // self._block_size
+            wanted = block_ids[first : -(-(found_tokens + num_tokens) // self._block_size)]
+            incoming.found_tokens, incoming.asked_tokens = found_tokens, num_tokens
+            incoming.block_ids = tuple(wanted)
+            incoming.accept = self._accept(incoming, first)
+            self._move(incoming, Event.RESERVE)
+            self._commands.arm.append(Arm(incoming.id, request_id, list(wanted), self._offer.audit))
+            self._ports.faults.reach("reserved")
+            if not self._offer.audit:
+                self._send_accept(incoming)
+
+    def scheduled(self, request_id: str, handoff: str, done_before: int, num_new: int, num_prompt: int) -> None:
+        """The engine computes prompt tokens [done_before, done_before + num_new) of a request in this step."""
+        num_prompt_new = min(num_new, num_prompt - done_before)
+        if num_prompt_new <= 0:
+            return
+        with self._lock:
+            account = self._accounts.of(handoff)
+            account.computed += num_prompt_new
+            incoming = self._by_request.get(request_id)
+            if done_before + num_new >= num_prompt:
+                if incoming is not None:
+                    incoming.is_computing = False
+                self._accounts.publish(handoff)
+
+    def found(self, request_id: str, handoff: str, num_prompt: int, found_tokens: int) -> None:
+        """The engine admitted a request with `found_tokens` of its own prefix cache and nothing from P.
+
+        Counted once: a request that is preempted is admitted again, and what it then computes counts as computed.
+        """
+        with self._lock:
+            if request_id in self._counted:
+                return
+            self._counted.add(request_id)
+            account = self._accounts.of(handoff)
+            account.prompt_tokens += num_prompt
+            account.found_locally += found_tokens
+
+    def finished(self, request_id: str) -> None:
+        """The engine is done with the request: completed, or its client is gone."""
+        with self._lock:
+            self._counted.discard(request_id)
+            incoming = self._by_request.get(request_id)
+            if incoming is None:
+                return
+            incoming.client_gone = True
+            incoming.is_computing = False
+            if incoming.state is Receiving.NEW:
+                self._decline(incoming, "the request ended")
+            elif allows(incoming.state, Event.CANCEL):
+                self._revoke(incoming, Event.CANCEL, "the client is gone")
+            if incoming.state is Receiving.RELEASED:
+                self._forget(incoming)
+
+    def take_commands(self) -> LandCommands:
+        """The worker's orders for the step that is about to run."""
+        with self._lock:
+            commands, self._commands = self._commands, LandCommands()
+            return commands
+
+    def on_results(self, results: LandResults) -> None:
+        """The worker's answer after a step; the engine has seen received and lost requests already."""
+        with self._lock:
+            for handoff in results.armed:
+                incoming = self._all.get(handoff)
+                if incoming is not None and self._offer.audit and incoming.state is Receiving.RESERVED:
+                    self._send_accept(incoming)
+            for received in results.received:
+                self._on_received(received)
+            for lost in results.lost:
+                incoming = self._all.get(lost.handoff)
+                if incoming is not None:
+                    self._on_lost(incoming, lost.why)
+
+    def num_waiting(self) -> int:
+        """Hand-offs with reserved blocks."""
+        with self._lock:
+            return sum(1 for incoming in self._all.values() if incoming.block_ids)
+
+    # ---- the control plane's thread ----
+
+    def on_message(self, sender: Peer, message: Message) -> None:
+        """One message of a prefill instance."""
+        with self._lock:
+            incoming = self._all.get(message.handoff)
+            if incoming is None or sender.boot_id != incoming.prefill.boot_id:
+                return
+            if isinstance(message, Landed):
+                self._on_landed(incoming, message)
+            elif isinstance(message, Refused):
+                why = self._explain(message)
+                if allows(incoming.state, Event.REFUSE):
+                    self._end(incoming, Event.REFUSE, why)
+            elif isinstance(message, Failed) and allows(incoming.state, Event.ABORT):
+                self._end(incoming, Event.ABORT, message.why)
+            elif isinstance(message, Cancelled) and allows(incoming.state, Event.CANCELLED):
+                self._end(incoming, Event.CANCELLED, "")
+            self._ports.wake()
+
+    def on_peer_lost(self, control: str) -> None:
+        """The process behind this control address is gone; its worker may live a moment longer (the fence knows)."""
+        with self._lock:
+            for incoming in list(self._all.values()):
+                if incoming.prefill.control != control:
+                    continue
+                self._lost_peers.add(incoming.prefill.boot_id)
+                if allows(incoming.state, Event.PEER_LOST):
+                    self._revoke(incoming, Event.PEER_LOST, "the prefill instance died")
+            self._ports.wake()
+
+    def tick(self) -> None:
+        """Gives up hand-offs that are past their deadline."""
+        now_s = self._ports.clock.monotonic_s()
+        with self._lock:
+            for incoming in list(self._all.values()):
+                if now_s <= incoming.deadline_s:
+                    continue
+                if allows(incoming.state, Event.DEADLINE):
+                    self._revoke(incoming, Event.DEADLINE, "deadline")
+                    self._ports.wake()
+                elif incoming.state is Receiving.NEW and not incoming.retried:
+                    self._ports.wake()
+
+    # ---- inside the lock ----
+
+    def _num_blocks(self, num_tokens: int, found_tokens: int) -> int:
+        return -(-num_tokens // self._block_size) - found_tokens // self._block_size
+
+    def _reserved_blocks(self) -> int:
+        return sum(len(i.block_ids) for i in self._all.values() if i.state is not Receiving.RELEASED)
+
+    def _accept(self, incoming: Incoming, first_block: int) -> Accept:
+        prompt = incoming.prompt
+        return Accept(
+            handoff=incoming.id,
+            num_prompt_tokens=prompt.num_tokens,
+            prompt_hash=prompt.hash,
+            first_block=first_block,
+            block_ids=list(incoming.block_ids),
+            num_tokens=incoming.found_tokens + incoming.asked_tokens,
+            schemes=self._offer.schemes,
+            full_digest=self._offer.full_digest,
+            timeout_s=max(incoming.deadline_s - self._ports.clock.monotonic_s(), 1.0),
+        )
+
+    def _send_accept(self, incoming: Incoming) -> None:
+        if incoming.accept is not None:
+            self._account(incoming).moments["accepted"] = self._ports.clock.unix_s()
+            self._ports.send(incoming.prefill, incoming.accept)
+
+    def _account(self, incoming: Incoming) -> Account:
+        return self._accounts.of(incoming.id)
+
+    def _move(self, incoming: Incoming, event: Event) -> None:
+        incoming.state = advance_receiving(incoming.state, event)
+
+    def _decline(self, incoming: Incoming, why: str) -> None:
+        account = self._account(incoming)
+        account.outcome, account.why = "declined", why
+        self._move(incoming, Event.DECLINE)
+        self._ports.send(incoming.prefill, Decline(incoming.id, why))
+
+    def _fall_back(self, incoming: Incoming, why: str) -> int | None:
+        """Before any block was reserved: nothing to fence."""
+        self._decline(incoming, why)
+        return self._retry(incoming, why)
+
+    def _retry(self, incoming: Incoming, why: str) -> int | None:
+        incoming.retried = True
+        account = self._account(incoming)
+        account.outcome, account.why = "fell_back", why
+        self._accounts.publish(incoming.id)
+        return self._may_compute(incoming)
+
+    def _may_compute(self, incoming: Incoming) -> int | None:
+        """0 when the engine may compute a failed hand-off now, None while enough others do."""
+        if not incoming.is_computing:
+            busy = sum(1 for other in self._by_request.values() if other.is_computing)
+            if busy >= self._limits.recomputes:
+                return None
+            incoming.is_computing = True
+        return 0
+
+    def _on_landed(self, incoming: Incoming, landed: Landed) -> None:
+        if incoming.state is Receiving.REVOKING:
+            self._end(incoming, Event.LANDED, "")
+        elif allows(incoming.state, Event.LANDED):
+            self._move(incoming, Event.LANDED)
+            account = self._account(incoming)
+            account.transport = landed.scheme
+            account.moments["moving"] = landed.moving_unix_s
+            account.moments["last_layer"] = landed.last_layer_unix_s
+            self._ports.faults.reach("checking")
+            full = is_full(landed.scheme, self._offer.full_digest)
+            self._commands.check.append(Check(incoming.id, landed.num_pairs, landed.digest, landed.scheme, full))
+
+    def _explain(self, refused: Refused) -> str:
+        if refused.layout is None:
+            return refused.why
+        ours, theirs = self._offer.layout, refused.layout
+        names = [n for n in ours.__struct_fields__ if getattr(ours, n) != getattr(theirs, n)]
+        values = (f"{n}: ours {getattr(ours, n)!r}, theirs {getattr(theirs, n)!r}" for n in names)
+        return f"{refused.why}: " + "; ".join(values)
+
+    def _revoke(self, incoming: Incoming, event: Event, why: str) -> None:
+        """Give up while P may still write: ask it to stop, and let the worker watch the fence."""
+        self._move(incoming, event)
+        is_dead = event is Event.PEER_LOST
+        self._commands.drop.append(Drop(incoming.id, fenced=False, peer_dead=is_dead, why=why))
+        if not is_dead:
+            self._ports.send(incoming.prefill, Cancel(incoming.id, why))
+
+    def _end(self, incoming: Incoming, event: Event, why: str) -> None:
+        """No write can follow any more."""
+        self._move(incoming, event)
+        self._commands.drop.append(Drop(incoming.id, fenced=True, why=why))
+
+    def _on_received(self, received: Received) -> None:
+        incoming = self._all.get(received.handoff)
+        if incoming is None:
+            return
+        self._move(incoming, Event.GOOD)
+        self._counted.add(received.request_id)
+        account = self._account(incoming)
+        account.outcome = "landed"
+        account.prompt_tokens = incoming.prompt.num_tokens
+        account.found_locally = incoming.found_tokens
+        num_layers = self._offer.layout.num_layers
+        full_tokens = received.num_pairs // num_layers * self._block_size
+        account.handed_over = min(full_tokens, incoming.asked_tokens)
+        account.num_bytes = received.num_bytes
+        account.moments["landed"] = self._ports.clock.unix_s()
+        account.detail["check_s"] = received.check_s
+        account.detail["audited_pairs"] = received.audited
+        account.detail["unwritten_pairs"] = received.unwritten
+        self._release(incoming)
+
+    def _on_lost(self, incoming: Incoming, why: str) -> None:
+        if incoming.state is Receiving.CHECKING:
+            self._move(incoming, Event.BAD)
+        elif incoming.state is Receiving.REVOKING:
+            self._move(incoming, Event.FENCED)
+        account = self._account(incoming)
+        account.outcome, account.why = ("cancelled" if incoming.client_gone else "fell_back"), why
+        incoming.retried = True
+        self._release(incoming)
+        self._accounts.publish(incoming.id)  # at once: the proxy then knows that this side has taken over
+
+    def _release(self, incoming: Incoming) -> None:
+        self._move(incoming, Event.REPORTED)
+        incoming.block_ids = ()
+        if incoming.client_gone:
+            self._forget(incoming)
+
+    def _forget(self, incoming: Incoming) -> None:
+        self._by_request.pop(incoming.prompt.request_id, None)
+        self._all.pop(incoming.id, None)

@@ -1,0 +1,1 @@
+"""The only folder that imports vllm: the connector, the KV layout, starting an instance."""

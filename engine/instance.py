@@ -1,0 +1,130 @@
+"""One vLLM server as Baton starts it: the arguments of `vllm serve` and the environment. Imports no vllm.
+
+What a user passes through always wins over the defaults added here; what Baton must set itself is refused.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from core.errors import ConfigError
+from core.handoff import Role
+from engine.arguments import Arguments
+from engine.build import Device
+
+DEFAULT_KV_CACHE_BYTES = 512 << 20
+ENV_DIE_WITH_PARENT = "BATON_DIE_WITH_PARENT"
+ENV_ENGINE_CORES = "BATON_ENGINE_CORES"
+ENV_VLLM_CORES = "VLLM_CPU_OMP_THREADS_BIND"
+
+_OURS = ("--host", "--port", "--model", "--kv-transfer-config")
+_EAGER = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-cc", "-O", "--optimization-level")
+_SOURCE = Path(__file__).resolve().parent.parent
+
+
+class ServedModel(msgspec.Struct, frozen=True):
+    """What is served: a folder or a hub's name, the name clients use ("" for vLLM's default), a KV cache default."""
+
+    path: str
+    name: str = ""
+    kv_cache_bytes: int = DEFAULT_KV_CACHE_BYTES
+
+
+class InstanceSpec(msgspec.Struct, frozen=True):
+    """What one instance is to be.
+
+    join: the proxy's address. plain: a vLLM without a connector, which can neither send nor receive.
+    cores: the cores its engine computes on; empty: wherever the system puts it.
+    arguments: for `vllm serve`, as the user gave them.
+    connector: further options of the connector (engine/settings.py).
+    environment: further environment variables.
+    """
+
+    name: str
+    role: Role
+    model: ServedModel
+    host: str
+    port: int
+    join: str
+    plain: bool = False
+    transport: str = "auto"
+    cores: tuple[int, ...] = ()
+    arguments: tuple[str, ...] = ()
+    connector: dict[str, Any] = {}
+    environment: dict[str, str] = {}
+
+    @property
+    def url(self) -> str:
+        """Where its OpenAI server answers."""
+        return f"http://{self.host}:{self.port}"
+
+    def serve_arguments(self, device: Device) -> list[str]:
+        """What follows `vllm serve`. Raises ConfigError for an argument that Baton sets itself."""
+        given = Arguments(self.arguments)
+        for option in _OURS:
+            if given.has(option) and not (self.plain and option == "--kv-transfer-config"):
+                raise ConfigError(f"{option} is set by Baton and cannot be passed through to vLLM")
+        result = [self.model.path, "--host", self.host, "--port", str(self.port)]
+        if self.model.name and not given.has("--served-model-name"):
+            result += ["--served-model-name", self.model.name]
+        if not given.has("--disable-uvicorn-access-log", "--no-disable-uvicorn-access-log"):
+            result += ["--disable-uvicorn-access-log"]
+        if device is Device.CPU:
+            if not given.has(*_EAGER):
+                result += ["--enforce-eager"]
+            if not given.has("--kv-cache-memory-bytes", "--num-gpu-blocks-override"):
+                result += ["--kv-cache-memory-bytes", str(self.model.kv_cache_bytes)]
+        if not self.plain:
+            result += ["--kv-transfer-config", self.kv_transfer_config()]
+        return [*result, *self.arguments]
+
+    def kv_transfer_config(self) -> str:
+        """The JSON that makes vLLM load Baton's connector; the same line that one writes by hand."""
+        options = {"name": self.name, "role": self.role.value, "url": self.url, "join": self.join}
+        options |= {"host": self.host, "transport": self.transport}
+        return msgspec.json.encode(
+            {
+                "kv_connector": "BatonConnector",
+                "kv_connector_module_path": "engine.connector",
+                "kv_role": "kv_both",
+                "kv_load_failure_policy": "recompute",
+                "kv_connector_extra_config": options | self.connector,
+            }
+        ).decode()
+
+    def variables(self, folder: Path, cache: Path, device: Device) -> dict[str, str]:
+        """What its environment has beyond the launcher's.
+
+        folder: short, its own, removed after it: vLLM leaves its sockets there. cache: kept between runs.
+        """
+        result = {
+            "TMPDIR": str(folder),
+            "VLLM_RPC_BASE_PATH": str(folder),
+            "VLLM_NO_USAGE_STATS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(_SOURCE), os.environ.get("PYTHONPATH", "")])),
+            ENV_DIE_WITH_PARENT: "1",
+        }
+        if "VLLM_CACHE_ROOT" not in os.environ:
+            result["VLLM_CACHE_ROOT"] = str(cache)
+        if Path(self.model.path).is_dir():
+            result["HF_HUB_OFFLINE"] = "1"
+        if device is Device.CPU:
+            result |= self._variables_of_cpu()
+        return result | self.environment
+
+    def _variables_of_cpu(self) -> dict[str, str]:
+        """Engine core and worker in one process (the worker of a second one would spin), on cores of their own."""
+        result = {"VLLM_ENABLE_V1_MULTIPROCESSING": os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "0")}
+        if self.cores:
+            cores = ",".join(map(str, self.cores))
+            result |= {ENV_VLLM_CORES: cores, ENV_ENGINE_CORES: cores, "OMP_NUM_THREADS": str(len(self.cores))}
+        return result
+
+
+def cache_folder(home: Path) -> Path:
+    """vLLM's cache, kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "baton"

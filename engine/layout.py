@@ -1,0 +1,77 @@
+"""Reads a `KVLayout` and the memory regions off a running vLLM, and refuses what no test covers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from core.errors import UnsupportedError
+from core.layout import KVLayout
+from engine.identity import model_identity
+from engine.internals import attention_isa
+from transport.base import Region
+
+
+def refuse_unsupported(config: Any, kv_cache_config: Any) -> None:
+    """Raises UnsupportedError by name for a vLLM configuration that Baton cannot hand off exactly."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    parallel = config.parallel_config
+    sizes = {
+        "tensor": parallel.tensor_parallel_size,
+        "pipeline": parallel.pipeline_parallel_size,
+        "data": parallel.data_parallel_size,
+    }
+    for name, size in sizes.items():
+        if size > 1:
+            raise UnsupportedError(f"{name} parallel size {size}: Baton hands off between instances of size 1 only")
+    if config.speculative_config is not None:
+        raise UnsupportedError("speculative decoding is not supported with hand-off; leave --speculative-config out")
+    if str(config.cache_config.cache_dtype) not in ("auto", "float16", "bfloat16", "float32"):
+        raise UnsupportedError(f"quantised KV cache {config.cache_config.cache_dtype!r} is not supported with hand-off")
+    if config.cache_config.cache_dtype == "auto" and config.model_config.is_hybrid:
+        raise UnsupportedError("hybrid (Mamba) models are not supported with hand-off")
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
+        raise UnsupportedError("only models whose layers all use full attention are supported with hand-off")
+    if getattr(groups[0].kv_cache_spec, "sliding_window", None):
+        raise UnsupportedError("sliding-window models are not supported with hand-off")
+    if config.kv_transfer_config.kv_load_failure_policy != "recompute":
+        raise UnsupportedError('kv_load_failure_policy must be "recompute" in --kv-transfer-config')
+
+
+def layout_of(config: Any, kv_cache_config: Any) -> KVLayout:
+    """The layout of a supported vLLM configuration."""
+    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    model = config.model_config
+    extra = {
+        "load_format": str(config.load_config.load_format),
+        "seed": str(model.seed) if str(config.load_config.load_format) == "dummy" else "",
+        "quantization": str(model.quantization),
+        "max_position": str(getattr(model.hf_config, "max_position_embeddings", "")),
+    }
+    return KVLayout(
+        model=model_identity(model.hf_config.to_dict(), model.model, model.revision, extra),
+        dtype=str(spec.dtype).removeprefix("torch."),
+        num_layers=len(kv_cache_config.kv_cache_groups[0].layer_names),
+        num_kv_heads=spec.num_kv_heads,
+        head_size=spec.head_size,
+        block_size=spec.block_size,
+        block_bytes=spec.page_size_bytes,
+        order=str(kv_cache_config.kv_cache_layout),
+        isa=attention_isa(spec.dtype, spec.block_size, spec.head_size),
+    )
+
+
+def regions_of(kv_caches: dict[str, torch.Tensor]) -> list[Region]:
+    """One region per layer, in layer order. Raises UnsupportedError if a block of a layer is not contiguous."""
+    regions = []
+    for index, (name, cache) in enumerate(kv_caches.items()):
+        block = cache[0]
+        block_bytes = block.numel() * block.element_size()
+        if not block.is_contiguous():
+            raise UnsupportedError(f"the KV cache of layer {name} is not laid out block by block")
+        stride = cache.stride(0) * cache.element_size()
+        regions.append(Region(index, cache.data_ptr(), block_bytes, stride, cache.shape[0]))
+    return regions

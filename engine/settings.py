@@ -1,0 +1,45 @@
+"""The connector's options: `kv_connector_extra_config` of `--kv-transfer-config`, typed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from core.errors import ConfigError
+from core.handoff import Role
+from decode.admission import Limits
+from transport.faultpoint import Fault
+
+
+class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Options of one instance.
+
+    name: for people and metrics; unique behind one proxy. role: what the proxy routes to it.
+    url: where this instance's OpenAI server answers; join: the proxy to register with (empty: none).
+    host: interface that control and data sockets bind to; loopback unless told otherwise.
+    transport: auto, shm or zmq. full_digest: every byte counts in the digest also over shm.
+    audit: fill blocks with a pattern before asking for them, and count afterwards what was not written.
+    fault, faulty: for tests of recovery, see transport/faultpoint.py and transport/faulty.py.
+    """
+
+    name: str = "baton"
+    role: Role = Role.DECODE
+    url: str = ""
+    join: str = ""
+    host: str = "127.0.0.1"
+    transport: str = "auto"
+    full_digest: bool = False
+    audit: bool = False
+    limits: Limits = Limits()
+    fault: Fault | None = None
+    faulty: dict[str, int] = {}
+
+    @classmethod
+    def parse(cls, options: dict[str, Any]) -> ConnectorSettings:
+        """Raises ConfigError naming the option that is wrong."""
+        try:
+            return msgspec.convert(options, cls)
+        except msgspec.ValidationError as error:
+            known = ", ".join(cls.__struct_fields__)
+            raise ConfigError(f"kv_connector_extra_config: {error}; known options: {known}") from error

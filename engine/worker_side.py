@@ -1,0 +1,104 @@
+"""The connector's half that lives in vLLM's worker: owns the transports and moves blocks around the forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from core.clock import SystemClock
+from core.errors import UnsupportedError
+from decode.lander import Lander
+from engine.layout import regions_of
+from engine.memory import CacheMemory
+from engine.settings import ConnectorSettings
+from engine.steps import Handshake, StepOrders, StepResults
+from prefill.pusher import Pusher
+from transport.base import Memory, Transport
+from transport.choose import make_transport
+from transport.faultpoint import FaultPoint
+from transport.faulty import Faults, FaultyTransport
+
+SCHEMES = ("shm", "zmq")
+"""Best first."""
+
+
+class WorkerSide:
+    """One worker's memory, transports, pushes and landings. Lives in the worker's thread."""
+
+    def __init__(self, settings: ConnectorSettings, block_size: int, device: str) -> None:
+        if device != "cpu":
+            raise UnsupportedError(
+                f"hand-off of KV caches on {device} is not supported yet; on a GPU run plain instances (0PyD)"
+            )
+        self._settings = settings
+        self._block_size = block_size
+        self._clock = SystemClock()
+        self._memory: CacheMemory | None = None
+        self._layers: dict[str, int] = {}
+        wanted = SCHEMES if settings.transport == "auto" else (settings.transport,)
+        self._transports: dict[str, Transport] = {}
+        for scheme in wanted:
+            transport = make_transport(scheme, settings.host)
+            if settings.faulty:
+                transport = FaultyTransport(transport, Faults(**settings.faulty))
+            self._transports[scheme] = transport
+        self._pusher: Pusher | None = None
+        self._lander: Lander | None = None
+
+    def memory_context(self) -> CacheMemory:
+        """The context in which vLLM allocates its KV cache."""
+        self._memory = CacheMemory(self._allocate)
+        return self._memory
+
+    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """The KV cache exists: make it known to every transport."""
+        regions = regions_of(kv_caches)
+        self._layers = {name: index for index, name in enumerate(kv_caches)}
+        for transport in self._transports.values():
+            for region in regions:
+                transport.register(region)
+        faults = FaultPoint(self._settings.fault)
+        self._pusher = Pusher(self._transports, regions, self._block_size, self._clock, faults)
+        self._lander = Lander(self._transports, regions, self._clock, faults)
+
+    def handshake(self) -> Handshake:
+        """What the scheduler's side offers to peers."""
+        return Handshake([(scheme, transport.describe()) for scheme, transport in self._transports.items()])
+
+    def begin(self, orders: StepOrders) -> None:
+        """Before the forward pass."""
+        if self._pusher is not None and self._lander is not None:
+            self._lander.begin_step(orders.land)
+            self._pusher.begin_step(orders.push)
+
+    def layer_done(self, layer_name: str) -> None:
+        """Right after one layer of the forward pass."""
+        if self._pusher is not None:
+            self._pusher.save_layer(self._layers[layer_name])
+
+    def forward_done(self) -> None:
+        """After the forward pass."""
+        if self._pusher is not None:
+            self._pusher.sweep()
+
+    def end(self) -> StepResults:
+        """After the forward pass: what has ended."""
+        if self._pusher is None or self._lander is None:
+            return StepResults()
+        push, land = self._pusher.end_step(), self._lander.end_step()
+        return StepResults(push, land, self._pusher.num_in_flight() + self._lander.num_waiting())
+
+    def close(self) -> None:
+        """Ends every transport's thread and connection."""
+        if self._pusher is not None:
+            self._pusher.close()
+        for transport in self._transports.values():
+            transport.close()
+
+    def _allocate(self, num_bytes: int) -> Memory | None:
+        for transport in self._transports.values():
+            memory: Any = transport.allocate(num_bytes)
+            if memory is not None:
+                return memory  # type: ignore[no-any-return]
+        return None

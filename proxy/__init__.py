@@ -1,0 +1,1 @@
+"""The OpenAI endpoint: route, split, stream, recover. Imports neither torch nor vllm."""

@@ -1,0 +1,32 @@
+"""What the proxy can be told, and its bounds. Every wait and every queue of `proxy/` has its number here."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """queue_limit: requests that may wait in the proxy; beyond it 429.
+    window: hand-offs outstanding per prefill instance.
+    in_flight_limit: requests that one instance answers at the same time.
+    timeout_s: how long an instance waits for its peer in one hand-off (it travels in the ticket).
+    queue_timeout_s: how long a request may wait in the proxy; beyond it 429.
+    threshold: prompts surely shorter than this many tokens are not handed off; 0 hands off all.
+    open_control: instances may register from other hosts. Whoever can reach the port can then put an instance of their
+        own in the path of every prompt, so it is for closed networks.
+    lost_after_s: without a heartbeat for this long, an instance gets no new requests.
+    gone_after_s: without a heartbeat for this long, the requests it holds are given up and sent elsewhere.
+    """
+
+    queue_limit: int = 1024
+    window: int = 8
+    in_flight_limit: int = 1024
+    timeout_s: float = 60.0
+    queue_timeout_s: float = 120.0
+    threshold: int = 0
+    open_control: bool = False
+    lost_after_s: float = 5.0
+    gone_after_s: float = 15.0
+    suspect_s: float = 2.0
+    health_poll_s: float = 0.25
+    report_wait_s: float = 1.0

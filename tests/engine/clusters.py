@@ -1,0 +1,17 @@
+"""The clusters that engine tests share: started once per session through one preloaded process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cluster.options import ClusterOptions
+
+FLOAT32 = ("--dtype", "float32", "--max-model-len", "4096", "--kv-cache-memory-bytes", "268435456")
+CHUNKED = ("--max-num-batched-tokens", "512")
+WHOLE = ("--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096")
+
+
+def options(*arguments: str, transport: str = "auto", **more: Any) -> ClusterOptions:
+    """The bundled model in float32, where greedy tokens are the same to the last bit."""
+    both = FLOAT32 + arguments
+    return ClusterOptions(transport=transport, arguments_prefill=both, arguments_decode=both, restart=False, **more)

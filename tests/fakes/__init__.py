@@ -1,0 +1,1 @@
+"""Small real implementations that stand in for what a test cannot afford to start."""

@@ -1,0 +1,1 @@
+"""Moves blocks (data plane) and messages (control plane) between processes."""

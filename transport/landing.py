@@ -1,0 +1,175 @@
+"""The receiving end of transports that see what arrives: which blocks may be written, which are, and their digest.
+
+    Inbox (one per transport)         tag ──▶ CountedLanding: expected (region, block) pairs, what arrived, notices
+       └─ lock, closed tags
+
+Memory model: the blocks belong to the engine; a landing only holds their numbers. A pair's digest summand is taken
+from memory right after its bytes are in place, and a rewritten pair replaces its summand.
+Threading: the inbox's one lock is held by whoever copies bytes into a landing's blocks (a frame at a time, at most
+1 MiB) and by every method here, so after `close` returned nothing writes under the tag any more.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+from collections.abc import Mapping, Sequence
+
+from core.errors import TransferError
+from transport.base import Blocks, Region
+from transport.digest import bytes_digest
+from transport.regions import Span, resolve, view
+
+MAX_CLOSED_TAGS = 4096
+MAX_PIECES_PER_BLOCK = 1024
+MAX_NOTICES = 1024
+_MASK = (1 << 64) - 1
+
+
+class Pieces:
+    """Which bytes of one block have arrived: disjoint, sorted ranges."""
+
+    def __init__(self) -> None:
+        self._ranges: list[tuple[int, int]] = []
+
+    def add(self, start: int, end: int) -> None:
+        """Joins the range with those it touches."""
+        apart = []
+        for first, last in self._ranges:
+            if last < start or first > end:
+                apart.append((first, last))
+            else:
+                start, end = min(start, first), max(end, last)
+        self._ranges = sorted([*apart, (start, end)])
+
+    def covers(self, num_bytes: int) -> bool:
+        """Whether every byte of the block has arrived."""
+        return self._ranges == [(0, num_bytes)]
+
+    def __len__(self) -> int:
+        return len(self._ranges)
+
+
+class CountedLanding:
+    """A `transport.base.Landing` that counts. Made by `Inbox.open`."""
+
+    def __init__(self, inbox: Inbox, tag: str, positions: dict[int, dict[int, int]]) -> None:
+        self._inbox = inbox
+        self._tag = tag
+        self._positions = positions
+        self._pieces: dict[tuple[int, int], Pieces] = {}
+        self._summands: dict[tuple[int, int], int] = {}
+        self._sum = 0
+        self._notices: collections.deque[bytes] = collections.deque()
+
+    def poll(self) -> list[bytes]:
+        with self._inbox.lock:
+            notices = list(self._notices)
+            self._notices.clear()
+        return notices
+
+    def num_written(self) -> int | None:
+        with self._inbox.lock:
+            return len(self._summands)
+
+    def digest(self) -> int | None:
+        with self._inbox.lock:
+            return self._sum
+
+    def peer_gone(self) -> bool:
+        return False
+
+    def close(self) -> bool:
+        self._inbox.shut(self._tag, self)
+        return True
+
+    def refusal(self, region_id: int, block_ids: Sequence[int]) -> str:
+        """Why these blocks may not be written; empty if they may. Under the inbox's lock."""
+        expected = self._positions.get(region_id)
+        if expected is None:
+            return f"region {region_id} is not expected under this tag"
+        for block_id in block_ids:
+            if block_id not in expected:
+                return f"block {block_id} of region {region_id} is not expected under this tag"
+            if len(self._pieces.get((region_id, block_id), ())) >= MAX_PIECES_PER_BLOCK:
+                return f"block {block_id} of region {region_id} comes in too many pieces"
+        return ""
+
+    def record(self, span: Span, block_ids: Sequence[int]) -> None:
+        """Counts bytes that are in place now. Under the inbox's lock."""
+        region = span.region
+        is_whole = span.num_bytes == region.block_bytes
+        for block_id in block_ids:
+            pair = (region.id, block_id)
+            if not is_whole and pair not in self._summands:
+                pieces = self._pieces.setdefault(pair, Pieces())
+                pieces.add(span.start, span.start + span.num_bytes)
+                if not pieces.covers(region.block_bytes):
+                    continue
+            self._pieces.pop(pair, None)
+            self._count(region, block_id)
+
+    def notify(self, notice: bytes) -> bool:
+        """Keeps a notice for `poll`; False if too many wait already. Under the inbox's lock."""
+        if len(self._notices) >= MAX_NOTICES:
+            return False
+        self._notices.append(notice)
+        return True
+
+    def _count(self, region: Region, block_id: int) -> None:
+        block = view(region.address + block_id * region.stride, region.block_bytes)
+        summand = bytes_digest(block, region.id, self._positions[region.id][block_id])
+        self._sum = (self._sum - self._summands.get((region.id, block_id), 0) + summand) & _MASK
+        self._summands[region.id, block_id] = summand
+
+
+class Inbox:
+    """Every open landing of one transport."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._open: dict[str, CountedLanding] = {}
+        self._closed: collections.OrderedDict[str, None] = collections.OrderedDict()
+
+    def open(self, tag: str, blocks: Sequence[Blocks], regions: Mapping[int, Region]) -> CountedLanding:
+        """Raises TransferError if the tag is open already or a block is named twice or does not exist."""
+        positions = expected_positions(blocks, regions)
+        with self.lock:
+            if tag in self._open:
+                raise TransferError(f"a landing is open already under tag {tag!r}")
+            self._closed.pop(tag, None)
+            landing = CountedLanding(self, tag, positions)
+            self._open[tag] = landing
+        return landing
+
+    def find(self, tag: str) -> CountedLanding | None:
+        """The open landing of a tag."""
+        return self._open.get(tag)
+
+    def was_closed(self, tag: str) -> bool:
+        """Whether a landing of this tag was closed lately."""
+        return tag in self._closed
+
+    def shut(self, tag: str, landing: CountedLanding) -> None:
+        """From now on nothing is accepted under the tag, unless another landing has been opened since."""
+        with self.lock:
+            if self._open.get(tag) is not landing:
+                return
+            del self._open[tag]
+            self._closed[tag] = None
+            while len(self._closed) > MAX_CLOSED_TAGS:
+                self._closed.popitem(last=False)
+
+
+def expected_positions(blocks: Sequence[Blocks], regions: Mapping[int, Region]) -> dict[int, dict[int, int]]:
+    """Position by block id by region. Raises TransferError for a block that is named twice or does not exist."""
+    positions: dict[int, dict[int, int]] = {}
+    by_ids: dict[tuple[int, ...], dict[int, int]] = {}  # one entry where all regions share their ids
+    for each in blocks:
+        resolve(regions, each, "own")
+        if each.ids not in by_ids:
+            by_ids[each.ids] = {block_id: index for index, block_id in enumerate(each.ids)}
+        if each.region in positions or len(by_ids[each.ids]) != len(each.ids):
+            raise TransferError(f"region {each.region} or one of its blocks is named twice")
+        positions[each.region] = by_ids[each.ids]
+    return positions

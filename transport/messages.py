@@ -1,0 +1,132 @@
+"""The control plane's messages: what two schedulers say to each other about one hand-off.
+
+    D ── Accept ──▶ P        here are my blocks, begin             D ── Cancel ───▶ P   stop; answer with Cancelled
+    D ── Decline ─▶ P        I need nothing                        P ── Cancelled ▶ D   no write can follow any more
+    P ── Refused ─▶ D        I never wrote, and will not           P ── Failed ───▶ D   I gave up; no write can follow
+    P ── Landed ──▶ D        every byte is in place
+
+On the wire: an `Envelope` (MessagePack), whose fingerprint is compared before the body is decoded, so that a peer
+with another protocol or layout is answered clearly instead of being misread.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from core.errors import ProtocolError
+from core.handoff import Peer
+from core.layout import PROTOCOL_VERSION, KVLayout
+
+MAX_MESSAGE_BYTES = 4 << 20
+"""A control message larger than this is dropped unread (an Accept for one million tokens is under 1 MB)."""
+
+
+class Accept(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """D has reserved blocks and asks P to fill them.
+
+    num_prompt_tokens, prompt_hash: of the whole prompt as D tokenised it; P compares both with its own.
+    first_block: index, in the prompt, of the first block asked for; earlier ones D holds already.
+    block_ids: D's blocks, in prompt order; num_tokens: how many tokens of the prompt they complete.
+    schemes: transports that D offers with their opaque descriptions, best first.
+    full_digest: whether every byte counts in the digest, or a few cache lines of every block.
+    """
+
+    handoff: str
+    num_prompt_tokens: int
+    prompt_hash: bytes
+    first_block: int
+    block_ids: list[int]
+    num_tokens: int
+    schemes: list[tuple[str, bytes]]
+    full_digest: bool
+    timeout_s: float
+
+
+class Decline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """D needs nothing from P for this request."""
+
+    handoff: str
+    why: str
+
+
+class Cancel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """D gives up (client gone, deadline): P must stop writing and answer Cancelled."""
+
+    handoff: str
+    why: str
+
+
+class Cancelled(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """P will not write for this hand-off any more: D may reuse the blocks."""
+
+    handoff: str
+
+
+class Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """P never wrote and will not. `layout` is P's own where the layouts differ."""
+
+    handoff: str
+    why: str
+    layout: KVLayout | None = None
+
+
+class Failed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """P gave up, perhaps after writing; no write can follow any more."""
+
+    handoff: str
+    why: str
+
+
+class Landed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """Every byte is in place. num_pairs counts (layer, block) pairs; the digest is over them."""
+
+    handoff: str
+    num_tokens: int
+    num_pairs: int
+    num_bytes: int
+    digest: int
+    scheme: str
+    moving_unix_s: float
+    last_layer_unix_s: float
+
+
+Message = Accept | Decline | Cancel | Cancelled | Refused | Failed | Landed
+
+
+class Envelope(msgspec.Struct, frozen=True, array_like=True):
+    """Who sends, and under which layout; the body is decoded only where protocol and fingerprint are ours."""
+
+    protocol: int
+    fingerprint: str
+    sender: Peer
+    handoff: str
+    body: msgspec.Raw
+
+
+_ENVELOPE = msgspec.msgpack.Decoder(Envelope)
+_BODY = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message, sender: Peer, fingerprint: str) -> bytes:
+    """One message as it travels."""
+    body = msgspec.Raw(msgspec.msgpack.encode(message))
+    return msgspec.msgpack.encode(Envelope(PROTOCOL_VERSION, fingerprint, sender, message.handoff, body))
+
+
+def decode_envelope(wire: bytes) -> Envelope:
+    """Raises ProtocolError if these bytes are no envelope."""
+    try:
+        return _ENVELOPE.decode(wire)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"not a Baton control message: {error}") from error
+
+
+def decode_body(envelope: Envelope) -> Message:
+    """Raises ProtocolError if the body is no message of this protocol version, or names another hand-off."""
+    try:
+        message = _BODY.decode(envelope.body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"control message from {envelope.sender.name}: {error}") from error
+    if message.handoff != envelope.handoff:
+        raise ProtocolError(f"control message from {envelope.sender.name}: envelope and body name other hand-offs")
+    return message

@@ -1,0 +1,202 @@
+"""The connector's side of the shm transport: copies into the owner's memory, then says so.
+
+    write ──▶ waiting (in order) ──▶ Opening(tag) once ──▶ memmove ──▶ Finished(tag, notice)
+
+Memory model: no copy runs but under the endpoint's lock, and `close` unmaps under the same lock.
+Threading: a short-lived thread connects and then carries out the writes that waited for it. Afterwards a write is
+carried out within `write`. Only where the owner does not empty its socket does a write wait, for `poll`.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from core.errors import TransferError
+from transport.base import Blocks, Region, TransferState
+from transport.regions import Span, check_pairing, check_words, copy_pairs, resolve
+from transport.shm_link import ShmLink
+from transport.shm_wire import Finished, Opening, ShmDescription
+
+MAX_TAGS_REMEMBERED = 4096
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """What one transfer does. Remote spans count from address 0 until the memory is mapped."""
+
+    local: Span
+    local_ids: tuple[int, ...]
+    remote: Span
+    remote_ids: tuple[int, ...]
+    tag: str | None = None
+    notice: bytes | None = None
+
+
+class ShmTransfer:
+    """One copy. Its state is changed by its endpoint alone, under the endpoint's lock."""
+
+    def __init__(self, endpoint: ShmEndpoint, copy: _Copy) -> None:
+        self._endpoint = endpoint
+        self.copy = copy
+        self.is_copied = False
+        self.state = TransferState.RUNNING
+        self.why_failed = ""
+
+    def poll(self) -> TransferState:
+        if self.state is TransferState.RUNNING:
+            self._endpoint.advance()
+        return self.state
+
+    def cancel(self) -> None:
+        self._endpoint.cancel(self)
+
+    def failure(self) -> str:
+        return self.why_failed
+
+    def fail(self, why: str) -> None:
+        """Ends it unless it has ended."""
+        if self.state is TransferState.RUNNING:
+            self.state, self.why_failed = TransferState.FAILED, why
+
+
+class ShmEndpoint:
+    """One owner's memory. `regions` is the transport's table of our own regions."""
+
+    def __init__(self, regions: Mapping[int, Region], description: ShmDescription) -> None:
+        self._regions = regions
+        self._remote = {region.id: region.at(0) for region in description.regions}
+        self._lock = threading.Lock()
+        self._link: ShmLink | None = None
+        self._is_ready = False
+        self._waiting: collections.deque[ShmTransfer] = collections.deque()
+        self._opened: collections.OrderedDict[str, None] = collections.OrderedDict()
+        self._why_failed = ""
+        threading.Thread(target=self._connect, args=(description,), name="baton-shm-connect", daemon=True).start()
+
+    def write(self, tag: str, local: Blocks, remote: Blocks, notice: bytes | None = None) -> ShmTransfer:
+        check_words(tag, notice)
+        source = resolve(self._regions, local, "local")
+        target = resolve(self._remote, remote, "remote")
+        check_pairing(local, source, remote, target)
+        return self._start(_Copy(source, local.ids, target, remote.ids, tag, notice))
+
+    def read(self, remote: Blocks, local: Blocks) -> ShmTransfer:
+        source = resolve(self._remote, remote, "remote")
+        target = resolve(self._regions, local, "local")
+        check_pairing(local, target, remote, source)
+        return self._start(_Copy(target, local.ids, source, remote.ids))
+
+    def failure(self) -> str:
+        self.advance()
+        return self._why_failed
+
+    def close(self) -> None:
+        self._fail("the endpoint is closed")
+
+    def advance(self) -> None:
+        """Carries out what waits, as far as the owner's socket takes it; notices an owner that is gone."""
+        with self._lock:
+            if self._is_ready and self._link is not None:
+                self._advance(self._link)
+
+    def cancel(self, transfer: ShmTransfer) -> None:
+        """Copies are whole or not at all, so a cancelled one has either landed or never begun its notice."""
+        with self._lock:
+            transfer.fail("cancelled")
+
+    def _start(self, copy: _Copy) -> ShmTransfer:
+        transfer = ShmTransfer(self, copy)
+        with self._lock:
+            if self._why_failed:
+                transfer.fail(self._why_failed)
+                return transfer
+            self._waiting.append(transfer)
+            if self._is_ready and self._link is not None:
+                self._advance(self._link)
+        return transfer
+
+    def _connect(self, description: ShmDescription) -> None:
+        """The connecting thread: ends when everything that waited is carried out, or the peer cannot be reached."""
+        try:
+            link = ShmLink(description)
+        except TransferError as error:
+            self._fail(str(error))
+            return
+        with self._lock:
+            if self._why_failed:
+                link.close()
+                return
+            self._link = link
+        while not self._drain_one(link):
+            pass
+
+    def _drain_one(self, link: ShmLink) -> bool:
+        """One waiting transfer at a time, so that the engine's thread gets the lock between. True: ready."""
+        with self._lock:
+            if self._why_failed:
+                return True
+            if self._waiting and self._step(link, self._waiting[0]):
+                self._waiting.popleft()
+                return False
+            self._is_ready = True
+            return True
+
+    def _advance(self, link: ShmLink) -> None:
+        if not link.is_alive():
+            self._end("the peer hung up")
+            return
+        while self._waiting and self._step(link, self._waiting[0]):
+            self._waiting.popleft()
+
+    def _step(self, link: ShmLink, transfer: ShmTransfer) -> bool:
+        """Carries out one transfer; False if it must be tried again. Under the lock."""
+        if transfer.state is not TransferState.RUNNING:
+            return True
+        try:
+            if not self._carry_out(link, transfer):
+                return False
+        except TransferError as error:
+            self._end(str(error))
+            return False
+        transfer.state = TransferState.DONE
+        return True
+
+    def _carry_out(self, link: ShmLink, transfer: ShmTransfer) -> bool:
+        copy = transfer.copy
+        remote = copy.remote._replace(region=link.regions[copy.remote.region.id])
+        if copy.tag is None:
+            copy_pairs(remote, copy.remote_ids, copy.local, copy.local_ids)
+            return True
+        if not self._open(link, copy.tag):
+            return False
+        if not transfer.is_copied:
+            copy_pairs(copy.local, copy.local_ids, remote, copy.remote_ids)
+            transfer.is_copied = True
+        return copy.notice is None or link.send(Finished(copy.tag, copy.notice))
+
+    def _open(self, link: ShmLink, tag: str) -> bool:
+        """Tells the owner who writes under this tag, before the first byte: its fence if we die."""
+        if tag not in self._opened:
+            if not link.send(Opening(tag)):
+                return False
+            self._opened[tag] = None
+            if len(self._opened) > MAX_TAGS_REMEMBERED:
+                self._opened.popitem(last=False)
+        return True
+
+    def _fail(self, why: str) -> None:
+        with self._lock:
+            self._end(why)
+
+    def _end(self, why: str) -> None:
+        """Nothing moves any more. Under the lock, so no copy runs while the memory is unmapped."""
+        self._why_failed = self._why_failed or why
+        for transfer in self._waiting:
+            transfer.fail(self._why_failed)
+        self._waiting.clear()
+        if self._link is not None:
+            self._link.close()
+            self._link = None

@@ -1,0 +1,213 @@
+"""The owner's side of the shm transport: hands out the memfds, and hears who writes under which tag.
+
+    abstract socket ──▶ Writer (one per connection: its tags, whether it has hung up) ──▶ ShmLanding (one per tag)
+
+Memory model: landings are held by whoever opened them and only weakly here, so that a closed landing still learns
+that its writer has hung up. Words for tags without a landing wait, bounded, until `expect` asks for them.
+Threading: one thread runs `_Listener.run`; `Letterbox`'s lock guards what it shares with the engine's thread.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import secrets
+import select
+import socket
+import struct
+import threading
+import weakref
+from collections.abc import Callable
+
+from core.errors import TransferError
+from transport.landing import MAX_NOTICES
+from transport.shm_wire import MAX_PACKET_BYTES, Opening, Packet, decode_packet
+
+MAX_CONNECTIONS = 1024
+MAX_EARLY_TAGS = 1024
+MAX_EARLY_PACKETS = 16
+PACKETS_PER_TURN = 64
+_PEER_CREDENTIALS = struct.Struct("3i")
+
+
+class Writer:
+    """One connection. `has_hung_up`: its mapping is gone."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.has_hung_up = False
+
+
+class ShmLanding:
+    """A `transport.base.Landing` that sees notices but not bytes."""
+
+    def __init__(self, box: Letterbox) -> None:
+        self._box = box
+        self._notices: collections.deque[bytes] = collections.deque()
+        self._writers: set[Writer] = set()
+        self.is_open = True
+
+    def poll(self) -> list[bytes]:
+        with self._box.lock:
+            notices = list(self._notices)
+            self._notices.clear()
+        return notices
+
+    def num_written(self) -> int | None:
+        return None
+
+    def digest(self) -> int | None:
+        return None
+
+    def peer_gone(self) -> bool:
+        with self._box.lock:
+            return bool(self._writers) and all(writer.has_hung_up for writer in self._writers)
+
+    def close(self) -> bool:
+        """False: a mapped memory can be written until its writer says that it stopped, or is gone."""
+        self.is_open = False
+        return False
+
+    def take(self, writer: Writer, packet: Packet) -> bool:
+        """False if too many notices wait. Under the letterbox's lock."""
+        self._writers.add(writer)
+        if isinstance(packet, Opening) or not self.is_open:
+            return True
+        if len(self._notices) >= MAX_NOTICES:
+            return False
+        self._notices.append(packet.notice)
+        return True
+
+
+class Letterbox:
+    """Landings by tag, and the words that came before their landing."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._landings: weakref.WeakValueDictionary[str, ShmLanding] = weakref.WeakValueDictionary()
+        self._early: collections.OrderedDict[str, list[tuple[Writer, Packet]]] = collections.OrderedDict()
+
+    def open(self, tag: str) -> ShmLanding:
+        """Raises TransferError if the tag is open already."""
+        with self.lock:
+            known = self._landings.get(tag)
+            if known is not None and known.is_open:
+                raise TransferError(f"a landing is open already under tag {tag!r}")
+            landing = ShmLanding(self)
+            self._landings[tag] = landing
+            for writer, packet in self._early.pop(tag, []):
+                landing.take(writer, packet)
+        return landing
+
+    def deliver(self, writer: Writer, packet: Packet) -> bool:
+        """False if the packet had to be dropped."""
+        with self.lock:
+            landing = self._landings.get(packet.tag)
+            if landing is not None:
+                return landing.take(writer, packet)
+            waiting = self._early.setdefault(packet.tag, [])
+            waiting.append((writer, packet))
+            while len(self._early) > MAX_EARLY_TAGS:
+                self._early.popitem(last=False)
+            if len(waiting) > MAX_EARLY_PACKETS:
+                waiting.pop()
+                return False
+        return True
+
+
+class ShmListener:
+    """Listens on an abstract socket from construction until `close`. `memfds` is asked at each connection."""
+
+    def __init__(self, box: Letterbox, memfds: Callable[[], list[int]]) -> None:
+        self._box = box
+        self._memfds = memfds
+        self._writers: dict[int, Writer] = {}
+        self.malformed = 0
+        self.name = f"baton-{secrets.token_hex(16)}"
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.bind(b"\0" + self.name.encode())
+        self._socket.listen(64)
+        self._socket.setblocking(False)
+        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll = select.epoll()
+        self._epoll.register(self._socket.fileno(), select.EPOLLIN)
+        self._epoll.register(self._stop_fd, select.EPOLLIN)
+        self._pause = select.poll()
+        self._pause.register(self._stop_fd, select.POLLIN)
+        self._thread = threading.Thread(target=self._run, name="baton-shm", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Hangs up on everyone. Mappings that peers hold stay with them."""
+        os.eventfd_write(self._stop_fd, 1)
+        self._thread.join()
+        for writer in self._writers.values():
+            writer.connection.close()
+        self._writers.clear()
+        self._epoll.close()
+        self._socket.close()
+        os.close(self._stop_fd)
+
+    def _run(self) -> None:
+        while True:
+            for fd, events in self._epoll.poll():
+                if fd == self._stop_fd:
+                    return
+                if fd == self._socket.fileno():
+                    self._accept()
+                else:
+                    self._hear(self._writers[fd], bool(events & select.EPOLLHUP))
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._socket.accept()
+        except (BlockingIOError, ConnectionError):  # the connector gave up in between
+            return
+        except OSError:  # descriptors ran out, and the event stays: do not spin
+            self._pause.poll(100)
+            return
+        connection.setblocking(False)
+        if len(self._writers) >= MAX_CONNECTIONS or peer_uid(connection) != os.getuid():
+            connection.close()
+            return
+        try:
+            socket.send_fds(connection, [b"baton"], self._memfds())
+        except OSError:
+            connection.close()
+            return
+        self._writers[connection.fileno()] = Writer(connection)
+        self._epoll.register(connection.fileno(), select.EPOLLIN)
+
+    def _hear(self, writer: Writer, is_hung_up: bool) -> None:
+        """Takes some packets; after the last packet of a connection that has ended, its writer is gone."""
+        for _ in range(PACKETS_PER_TURN):
+            try:
+                wire = writer.connection.recv(MAX_PACKET_BYTES + 1)
+            except BlockingIOError:
+                return
+            except OSError:  # reset: the peer died with words of ours unread
+                wire = b""
+            if not wire:
+                self._end_of(writer, is_hung_up)
+                return
+            packet = decode_packet(wire) if len(wire) <= MAX_PACKET_BYTES else None
+            if packet is None or not self._box.deliver(writer, packet):
+                self.malformed += 1
+
+    def _end_of(self, writer: Writer, is_hung_up: bool) -> None:
+        fd = writer.connection.fileno()
+        if not is_hung_up:  # it only stopped talking, and may still write: wait for its end, deaf
+            self._epoll.modify(fd, 0)
+            return
+        self._epoll.unregister(fd)
+        del self._writers[fd]
+        writer.connection.close()
+        with self._box.lock:
+            writer.has_hung_up = True
+
+
+def peer_uid(connection: socket.socket) -> int:
+    """The user who holds the other end."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+    uid = _PEER_CREDENTIALS.unpack(credentials)[1]
+    return int(uid)
