@@ -10,7 +10,6 @@ With a plain start the instances hang on the launcher itself. Sockets, logs and 
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -30,10 +29,9 @@ from cluster.zygote import Zygote
 from core.errors import BatonError, UnsupportedError
 from core.topology import Topology
 from engine.build import installed_build
-from engine.instance import InstanceSpec, cache_folder
+from engine.instance import InstanceSpec, cache_folder, source_path
 
 _POLL_S = 0.05
-_SOURCE = Path(__file__).resolve().parent.parent
 
 
 class Cluster:
@@ -64,6 +62,11 @@ class Cluster:
     def instances(self) -> list[InstanceMember]:
         """Prefill instances first."""
         return self._parts.instances
+
+    @property
+    def members(self) -> list[Member]:
+        """Everything that is supervised: the instances and the proxy."""
+        return [*self._parts.instances, *([self._parts.proxy] if self._parts.proxy else [])]
 
     @property
     def proxy(self) -> Member:
@@ -114,10 +117,10 @@ class Cluster:
 
     def stop(self) -> None:
         """Ends everything that was started; returns when no process of it lives. May be called again."""
+        members = self.members
         parts, self._parts = self._parts, _Parts()
         if parts.supervisor:
             parts.supervisor.stop()
-        members: list[Member] = [*parts.instances, *([parts.proxy] if parts.proxy else [])]
         for member in members:
             member.leave()
         stop_groups([member.child for member in members if member.child])
@@ -133,8 +136,7 @@ class Cluster:
         command = [sys.executable, "-P", "-m", "proxy", "--host", host, "--port", port]
         command += self._options.proxy_arguments
         log = folder.path / "proxy.log"
-        variables = {"PYTHONPATH": os.pathsep.join(filter(None, [str(_SOURCE), os.environ.get("PYTHONPATH", "")]))}
-        proxy = Member("proxy", log, lambda: start_child(command, variables, log))
+        proxy = Member("proxy", log, lambda: start_child(command, {"PYTHONPATH": source_path()}, log))
         proxy.start()
         self._parts.proxy = proxy
         self._wait(lambda: "" if get(f"{self._specs[0].join}/health")[0] else "proxy", 60.0)
@@ -146,10 +148,7 @@ class Cluster:
         """None where instances start plainly."""
         if self._start is Start.PLAIN or self._shared_zygote:
             return self._shared_zygote if self._start is Start.FORK else None
-        spec = self._specs[0]
-        zygote = Zygote(
-            folder.path, spec.variables(folder.subfolder("zygote"), cache_folder(Path.home()), self._build.device)
-        )
+        zygote = Zygote(folder.path, offline=Path(self._options.model.path).is_dir())
         self._parts.zygote = zygote
         try:
             self._wait(lambda: "" if zygote.is_ready() else "vLLM to be imported", 300.0)
@@ -162,7 +161,7 @@ class Cluster:
 
     def _member(self, spec: InstanceSpec, folder: RunFolder, zygote: Zygote | None) -> InstanceMember:
         log = folder.path / f"{spec.name}.log"
-        variables = spec.variables(folder.subfolder(spec.name), cache_folder(Path.home()), self._build.device)
+        variables = spec.variables(folder.subfolder(spec.name), cache_folder(), self._build.device)
         if zygote is None:
             return InstanceMember(spec, log, plain_starter(spec, log, variables, self._build.device))
         arguments = spec.serve_arguments(self._build.device)
@@ -189,7 +188,7 @@ class Cluster:
         parts = self._parts
         if parts.supervisor and not parts.supervisor.given_up:
             return
-        for member in [*([parts.proxy] if parts.proxy else []), *parts.instances]:
+        for member in reversed(self.members):
             code = member.exit_code()
             if code is not None:
                 raise BatonError(

@@ -64,6 +64,8 @@ def stop_groups(children: Sequence[Child], timeout_s: float = STOP_TIMEOUT_S) ->
     """SIGTERM to all at once, SIGKILL to what is left after the time; returns when nothing of them lives."""
     _end(children, signal.SIGTERM, timeout_s)
     _end(children, signal.SIGKILL, KILL_TIMEOUT_S)
+    for child in children:
+        child.poll()
 
 
 def _end(children: Sequence[Child], number: signal.Signals, timeout_s: float) -> None:

@@ -9,7 +9,6 @@ import socket
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 
 from cluster import plan
 from cluster.bundled import served_model
@@ -65,7 +64,7 @@ def _spec(options: argparse.Namespace) -> InstanceSpec:
 
 def _member(spec: InstanceSpec, folder: RunFolder, build: Build) -> InstanceMember:
     log = folder.path / "instance.log"
-    variables = spec.variables(folder.subfolder("vllm"), cache_folder(Path.home()), build.device)
+    variables = spec.variables(folder.subfolder("vllm"), cache_folder(), build.device)
     return InstanceMember(spec, log, plain_starter(spec, log, variables, build.device))
 
 

@@ -38,13 +38,14 @@ class Supervisor:
     def __init__(self, members: Sequence[Member], say: Callable[[str], None]) -> None:
         self._members = members
         self._say = say
-        self._budgets = {member.name: RestartBudget() for member in members}
+        self._budgets: dict[str, RestartBudget] = {}
         self._due_s: dict[str, float] = {}
         self._stopping = threading.Event()
         self._released = threading.Event()
         self._starting = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="baton-supervisor", daemon=True)
         self.given_up: set[str] = set()
+        self.budget: Callable[[], RestartBudget] = RestartBudget
 
     def start(self) -> None:
         self._thread.start()
@@ -75,7 +76,7 @@ class Supervisor:
                 self._start(member)
         elif (code := member.exit_code()) is not None:
             member.after_death()
-            pause_s = self._budgets[member.name].pause_s(now_s)
+            pause_s = self._budgets.setdefault(member.name, self.budget()).pause_s(now_s)
             if pause_s is None:
                 self.given_up.add(member.name)
                 self._say(f"{member.name} keeps dying (exit code {code}) and stays down\n{member.last_words()}")

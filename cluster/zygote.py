@@ -18,6 +18,7 @@ from cluster.logs import last_lines
 from cluster.processes import living_groups, start_child, stop_groups
 from core.errors import BatonError, UnsupportedError
 from engine.build import libraries_to_preload
+from engine.instance import cache_folder, common_variables
 
 START_TIMEOUT_S = 180.0
 _ANSWER_TIMEOUT_S = 10.0
@@ -42,13 +43,14 @@ class ForkedServer:
 class Zygote:
     """One preloaded process; may serve several clusters, from any thread.
 
-    variables: its environment beyond ours; what libraries read while they are imported must be here.
+    offline: its servers ask nothing of a model hub (that library reads this when it is imported, so it is said here).
     """
 
-    def __init__(self, folder: Path, variables: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, *, offline: bool = True) -> None:
         self.log = folder / "zygote.log"
         self._socket = folder / "zygote.sock"
-        self._variables = {"OMP_NUM_THREADS": "1", "LD_PRELOAD": libraries_to_preload(), **variables}
+        self._variables = common_variables(folder, cache_folder(), offline=offline)
+        self._variables |= {"OMP_NUM_THREADS": "1", "LD_PRELOAD": libraries_to_preload()}
         self._lock = threading.Lock()
         self._child = self._start()
 

@@ -35,6 +35,8 @@ from engine.settings import ConnectorSettings
 from engine.steps import Handshake, StepOrders, StepResults
 from engine.worker_side import WorkerSide
 
+_COMPUTE_LOCALLY: tuple[int | None, bool] = (0, False)
+_NO_ORDERS: StepOrders | None = None
 _COMPLETED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
 
@@ -133,7 +135,7 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is not None:
             self._scheduler.watch_pool(kv_cache_manager.block_pool.get_num_free_blocks)
 
-    @never_raises((0, False))
+    @never_raises(_COMPUTE_LOCALLY)
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens come from P; (None, False): ask again."""
         if self._scheduler is None:
@@ -155,7 +157,7 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):
         """The step's orders for the worker."""
         return self._build_orders(scheduler_output) or StepOrders()
 
-    @never_raises(None)
+    @never_raises(_NO_ORDERS)
     def _build_orders(self, scheduler_output: Any) -> StepOrders | None:
         return self._scheduler.orders(scheduler_output) if self._scheduler is not None else None
 

@@ -101,17 +101,8 @@ class InstanceSpec(msgspec.Struct, frozen=True):
 
         folder: short, its own, removed after it: vLLM leaves its sockets there. cache: kept between runs.
         """
-        result = {
-            "TMPDIR": str(folder),
-            "VLLM_RPC_BASE_PATH": str(folder),
-            "VLLM_NO_USAGE_STATS": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(_SOURCE), os.environ.get("PYTHONPATH", "")])),
-            ENV_DIE_WITH_PARENT: "1",
-        }
-        if "VLLM_CACHE_ROOT" not in os.environ:
-            result["VLLM_CACHE_ROOT"] = str(cache)
-        if Path(self.model.path).is_dir():
-            result["HF_HUB_OFFLINE"] = "1"
+        result = common_variables(folder, cache, offline=Path(self.model.path).is_dir())
+        result[ENV_DIE_WITH_PARENT] = "1"
         if device is Device.CPU:
             result |= self._variables_of_cpu()
         return result | self.environment
@@ -125,6 +116,26 @@ class InstanceSpec(msgspec.Struct, frozen=True):
         return result
 
 
-def cache_folder(home: Path) -> Path:
+def common_variables(folder: Path, cache: Path, *, offline: bool) -> dict[str, str]:
+    """What every process that imports vLLM gets. offline: nothing is asked of a model hub."""
+    result = {
+        "TMPDIR": str(folder),
+        "VLLM_RPC_BASE_PATH": str(folder),
+        "VLLM_NO_USAGE_STATS": "1",
+        "PYTHONPATH": source_path(),
+    }
+    if "VLLM_CACHE_ROOT" not in os.environ:
+        result["VLLM_CACHE_ROOT"] = str(cache)
+    if offline:
+        result["HF_HUB_OFFLINE"] = "1"
+    return result
+
+
+def source_path() -> str:
+    """PYTHONPATH with Baton's own folders in front, whatever folder a child runs in."""
+    return os.pathsep.join(filter(None, [str(_SOURCE), os.environ.get("PYTHONPATH", "")]))
+
+
+def cache_folder() -> Path:
     """vLLM's cache, kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "baton"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baton"

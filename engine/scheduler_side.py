@@ -27,7 +27,7 @@ from engine.internals import IdleSleep, prompt_of
 from engine.settings import ConnectorSettings
 from engine.steps import Handshake, StepOrders, StepResults
 from prefill.sender import Gate, Sender
-from transport.control import ControlPlane
+from transport.control import Callbacks, ControlPlane, Identity
 from transport.faultpoint import FaultPoint
 from transport.join import JoinThread
 from transport.messages import Accept, Cancel, Decline, Envelope, Message, Refused, decode_body
@@ -60,13 +60,11 @@ class SchedulerSide:
         self._num_gated = 0
         self._schemes: list[tuple[str, bytes]] = []
         self._join: JoinThread | None = None
-        self._control = ControlPlane(
-            settings.host,
-            on_envelope=self._on_envelope,
-            on_peer_lost=self._on_peer_lost,
-            on_tick=self._on_tick,
-        )
-        self.me = Peer(settings.name, self._control.address, uuid.uuid4().hex)
+        self._receiver: Receiver | None = None  # until `start`; callbacks may come before that
+        identity = Identity(settings.name, uuid.uuid4().hex, self._fingerprint)
+        callbacks = Callbacks(self._on_envelope, self._on_peer_lost, self._on_tick)
+        self._control = ControlPlane(settings.host, identity, callbacks)
+        self.me = self._control.peer
         self._ports = Ports(
             send=self._send,
             wake=self._sleep.wake,
@@ -75,7 +73,6 @@ class SchedulerSide:
             faults=FaultPoint(settings.fault),
         )
         self._sender = Sender(self.me, layout, self._ports)
-        self._receiver: Receiver | None = None
 
     # ---- start and end ----
 
@@ -86,7 +83,6 @@ class SchedulerSide:
         offer = Offer(self._layout, handshake.schemes, settings.full_digest, settings.audit)
         accounts = Accounts(settings.name, self._report)
         self._receiver = Receiver(self.me, offer, self._ports, accounts, settings.limits)
-        self._control.start()
         if settings.join:
             self._join = JoinThread(settings.join, self._info)
         names = ", ".join(scheme for scheme, _ in handshake.schemes)
@@ -164,8 +160,9 @@ class SchedulerSide:
         """The engine is done with a request. True: keep its blocks until `results` names it."""
         request_id = request.request_id
         handoff = self._ticket(request)
-        for table in (self._requests, self._prompts, self._tickets, self._found):
-            table.pop(request_id, None)  # type: ignore[attr-defined]
+        tables: tuple[dict[str, Any], ...] = (self._requests, self._prompts, self._tickets, self._found)
+        for table in tables:
+            table.pop(request_id, None)
         if handoff is None or self._receiver is None:
             return False
         if handoff.prefill is not None and handoff.prefill.boot_id == self.me.boot_id:
@@ -245,18 +242,19 @@ class SchedulerSide:
 
     def _send(self, peer: Peer, message: Message) -> bool:
         try:
-            return self._control.send(peer, message, sender=self.me, fingerprint=self._fingerprint)
+            return self._control.send(peer, message)
         except ProtocolError as error:
             _log.warning("%s", error)
             return False
 
     def _on_envelope(self, envelope: Envelope) -> None:
-        """Raises ProtocolError for what cannot be read; the control plane counts it."""
+        if self._receiver is None:  # nobody knows of us yet
+            return
         if envelope.protocol == PROTOCOL_VERSION and envelope.fingerprint == self._fingerprint:
             message = decode_body(envelope)
             if isinstance(message, Accept | Decline | Cancel):
                 self._sender.on_message(envelope.sender, message)
-            elif self._receiver is not None:
+            else:
                 self._receiver.on_message(envelope.sender, message)
             return
         self._on_stranger(envelope)
@@ -277,11 +275,11 @@ class SchedulerSide:
             self._sender.refuse(envelope.sender, envelope.handoff, why, with_layout=same)
 
     def _on_peer_lost(self, control: str) -> None:
-        self._sender.on_peer_lost(control)
         if self._receiver is not None:
+            self._sender.on_peer_lost(control)
             self._receiver.on_peer_lost(control)
 
     def _on_tick(self) -> None:
-        self._sender.tick()
         if self._receiver is not None:
+            self._sender.tick()
             self._receiver.tick()

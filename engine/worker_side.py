@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from core.clock import SystemClock
@@ -98,7 +96,7 @@ class WorkerSide:
 
     def _allocate(self, num_bytes: int) -> Memory | None:
         for transport in self._transports.values():
-            memory: Any = transport.allocate(num_bytes)
+            memory = transport.allocate(num_bytes)
             if memory is not None:
-                return memory  # type: ignore[no-any-return]
+                return memory
         return None

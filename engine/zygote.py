@@ -86,7 +86,7 @@ class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def preload() -> None:
     """Imports what a server imports, as far as this vLLM has it: what is missing here only costs time there."""
     for name in _PRELOADED:
-        with suppress(ModuleNotFoundError):
+        with suppress(ImportError):
             importlib.import_module(name)
     from vllm.platforms import current_platform
 

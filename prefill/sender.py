@@ -270,7 +270,8 @@ class Sender:
         end_block = -(-accept.num_tokens // self._layout.block_size)
         is_sound = 0 <= accept.first_block < end_block and accept.num_tokens < prompt.num_tokens
         if not is_sound or len(accept.block_ids) != end_block - accept.first_block:
-            return f"impossible Accept: {len(accept.block_ids)} blocks from {accept.first_block} for {accept.num_tokens} tokens"
+            span = f"{len(accept.block_ids)} blocks from {accept.first_block}"
+            return f"impossible Accept: {span} for {accept.num_tokens} tokens"
         return ""
 
     def _on_cancel(self, sender: Peer, cancel: Cancel) -> None:

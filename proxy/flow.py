@@ -158,6 +158,7 @@ class Flow:
             return answer
         finally:
             await _give_up(prefilling)
+            lease.release_prefill()
             if not taken:
                 await _give_up(answering)
 

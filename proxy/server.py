@@ -46,6 +46,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> tuple[str, int, Set
 
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket. Raises ConfigError with one clear line."""
+    if not 0 <= port < 1 << 16:
+        raise ConfigError(f"cannot listen on {host}:{port}: ports are 0 to 65535")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind)
@@ -56,9 +58,8 @@ def listen(host: str, port: int) -> socket.socket:
         except OSError:
             sock.close()
             raise
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"cannot listen on {host}:{port}: {reason}") from error
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
     return sock
 
 

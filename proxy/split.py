@@ -27,7 +27,7 @@ class Endpoint(enum.Enum):
 
 FIELDS = {Endpoint.CHAT: CHAT, Endpoint.COMPLETION: COMPLETION}
 
-_TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking", "tool_reference"})
+_TEXT_PARTS = ("text", "input_text", "output_text", "refusal", "thinking", "tool_reference")
 _MEDIA_KEYS = frozenset(
     {"image_url", "image_pil", "image_embeds", "input_image", "audio_url", "input_audio", "audio_embeds"}
     | {"video_url", "video_embeds", "prompt_embeds", "file"}

@@ -10,7 +10,9 @@ import socket
 
 from core.errors import ConfigError
 
-_ADDRESS = re.compile(r"tcp://(?P<host>[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252})|\[[0-9A-Fa-f:.]{2,45}\]):(?P<port>[0-9]{1,5})")
+_ADDRESS = re.compile(
+    r"tcp://(?P<host>[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252})|\[[0-9A-Fa-f:.]{2,45}\]):(?P<port>[0-9]{1,5})"
+)
 
 
 def is_address(address: str) -> bool:
@@ -22,7 +24,9 @@ def is_address(address: str) -> bool:
 def bind_address(host: str) -> str:
     """What to bind on a host of ours, port chosen by the system. Raises ConfigError if no peer could reach it."""
     if host in ("", "*", "0.0.0.0", "::"):
-        raise ConfigError(f"host {host!r} is no address that peers can connect to; name one of this machine's addresses")
+        raise ConfigError(
+            f"host {host!r} is no address that peers can connect to; name one of this machine's addresses"
+        )
     try:
         family, _, _, _, resolved = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:

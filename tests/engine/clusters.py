@@ -11,7 +11,8 @@ CHUNKED = ("--max-num-batched-tokens", "512")
 WHOLE = ("--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096")
 
 
-def options(*arguments: str, transport: str = "auto", **more: Any) -> ClusterOptions:
+def options(*arguments: str, **more: Any) -> ClusterOptions:
     """The bundled model in float32, where greedy tokens are the same to the last bit."""
     both = FLOAT32 + arguments
-    return ClusterOptions(transport=transport, arguments_prefill=both, arguments_decode=both, restart=False, **more)
+    defaults: dict[str, Any] = {"arguments_prefill": both, "arguments_decode": both, "restart": False}
+    return ClusterOptions(**(defaults | more))

@@ -1,0 +1,63 @@
+"""`baton` says in one line what is wrong, and what was meant."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def baton(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = dict(os.environ, PYTHONPATH=str(Path(__file__).resolve().parents[2]))
+    command = [sys.executable, "-m", "baton", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["sreve", "1P1D"], "did you mean serve?"),
+        (["serve"], "xPyD"),
+        (["serve", "1D1P"], "not of the form xPyD"),
+        (["serve", "1P0D"], "no decode instance"),
+        (["serve", "1P1D", "--model", "/no/such/model"], "model /no/such/model: no such folder"),
+        (["serve", "1P1D", "--modle", "x"], "did you mean --model?"),
+        (["serve", "1P1D", "--port", "99999"], "port 99999 is not between"),
+        (["serve", "1P1D", "--transport", "rdma"], "invalid choice: 'rdma'"),
+        (["serve", "1P1D", "--prefill-args", "--tensor-parallel-size 2"], "tensor parallel size 2"),
+        (["serve", "1P1D", "--decode-args", "--port=9"], "--port is set by Baton"),
+        (["serve", "1P1D", "--decode-args", "--kv-cache-memory-bytes 900G"], "too little memory"),
+        (["serve", "1P1D", "--decode-args", "'"], "No closing quotation"),
+        (["instance", "--role", "prefill"], "--join"),
+        (["instance", "--role", "prefill", "--join", "proxy:80"], "http://HOST:PORT"),
+        (["demo", "--fast"], "unknown argument '--fast'"),
+        (["bench", "nothing"], "handoff"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(arguments: list[str], said: str) -> None:
+    result = baton(*arguments)
+    assert result.returncode == 2, result.stderr
+    assert said in result.stderr
+    assert result.stderr.startswith("baton: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stdout == ""
+
+
+def test_a_used_port_is_one_line_and_exit_code_2() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        result = baton("serve", "0P1D", "--port", str(port))
+    assert result.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_help_names_the_commands() -> None:
+    result = baton("--help")
+    assert result.returncode == 0
+    assert all(command in result.stdout for command in ("serve", "instance", "demo", "bench"))
+    assert "--prefill-args" in baton("serve", "--help").stdout

@@ -1,0 +1,266 @@
+"""Blocks over TCP, where no shared memory or RDMA joins the peers: every byte counted, digested and acknowledged.
+
+    engine's thread                      I/O thread (owns every socket)
+    write ──▶ queue ─── eventfd ───▶ ZmqLink: DEALER per peer ──▶ ZmqReceiver: ROUTER ──▶ landing, own regions
+
+Memory model: any memory will do, as long as it stays mapped until `close`. At most WINDOW_BYTES per peer are under
+way; the rest of a write is only block numbers in a queue.
+Threading: one I/O thread per transport, which never waits for a single peer; a stopped peer fills its own window and
+nothing else. A transfer is DONE only when the receiver has said that its bytes are in place. The fence is the
+receiver's `Landing.close`, or the end of every transfer; frames under way when an endpoint is closed may still land.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import os
+import secrets
+import threading
+from collections.abc import Sequence
+
+import zmq
+
+from core.clock import Clock, SystemClock
+from core.errors import ConfigError, TransferError
+from transport.address import bind_address
+from transport.base import Blocks, Memory, Region
+from transport.landing import CountedLanding, Inbox
+from transport.regions import check_pairing, check_region, check_words, resolve
+from transport.zmq_link import CONNECT_TIMEOUT_S, ZmqLink
+from transport.zmq_receiver import ZmqReceiver
+from transport.zmq_transfer import Task, ZmqTransfer
+from transport.zmq_wire import (
+    MAX_FRAMES_IN_FLIGHT,
+    MAX_PART_BYTES,
+    RegionShape,
+    ZmqDescription,
+    decode_description,
+    encode,
+    shape_region,
+)
+
+DEADLINE_CHECK_MS = 100
+_log = logging.getLogger(__name__)
+
+
+class ZmqTransport:
+    """See transport/base.py. `host`: an address of this machine that peers can reach."""
+
+    def __init__(self, host: str, clock: Clock | None = None) -> None:
+        self.scheme = "zmq"
+        self._clock = clock or SystemClock()
+        self._regions: dict[int, Region] = {}
+        self._inbox = Inbox()
+        self._token = secrets.token_hex(16)
+        self._io = _IoThread(host, self._token, self._regions, self._inbox, self._clock)
+
+    @property
+    def malformed(self) -> int:
+        """Messages that were dropped because they do not parse or contradict themselves."""
+        return self._io.malformed()
+
+    def allocate(self, num_bytes: int) -> Memory | None:
+        return None
+
+    def register(self, region: Region) -> None:
+        check_region(region)
+        if region.id in self._regions:
+            raise TransferError(f"region {region.id} is registered already")
+        self._regions[region.id] = region
+
+    def describe(self) -> bytes:
+        shapes = [RegionShape(each.id, each.block_bytes, each.num_blocks) for each in self._regions.values()]
+        return encode(ZmqDescription(self._io.address, self._token, shapes))
+
+    def connect(self, description: bytes) -> ZmqEndpoint:
+        parsed = decode_description(description)
+        if not self._io.is_open():
+            raise TransferError("the transport is closed")
+        remote = {shape.id: shape_region(shape) for shape in parsed.regions}
+        link = ZmqLink(parsed, self._clock.monotonic_s() + CONNECT_TIMEOUT_S, self._io.wake)
+        self._io.adopt(link)
+        return ZmqEndpoint(self._regions, remote, link)
+
+    def expect(self, tag: str, blocks: Sequence[Blocks]) -> CountedLanding:
+        check_words(tag, None)
+        landing = self._inbox.open(tag, blocks, self._regions)
+        self._io.wake()
+        return landing
+
+    def close(self) -> None:
+        """Ends the I/O thread and every endpoint."""
+        self._io.close()
+
+
+class ZmqEndpoint:
+    """One connected peer; its link does the work on the I/O thread."""
+
+    def __init__(self, regions: dict[int, Region], remote: dict[int, Region], link: ZmqLink) -> None:
+        self._regions = regions
+        self._remote = remote
+        self._link = link
+
+    def write(self, tag: str, local: Blocks, remote: Blocks, notice: bytes | None = None) -> ZmqTransfer:
+        check_words(tag, notice)
+        return self._start(local, remote, tag, notice)
+
+    def read(self, remote: Blocks, local: Blocks) -> ZmqTransfer:
+        return self._start(local, remote, None, None)
+
+    def failure(self) -> str:
+        return self._link.why_failed
+
+    def close(self) -> None:
+        self._link.close()
+
+    def _start(self, local: Blocks, remote: Blocks, tag: str | None, notice: bytes | None) -> ZmqTransfer:
+        near = resolve(self._regions, local, "local")
+        far = resolve(self._remote, remote, "remote")
+        check_pairing(local, near, remote, far)
+        transfer = ZmqTransfer(Task(near, local.ids, far, remote.ids, tag, notice), self._link.cancel)
+        self._link.start(transfer)
+        return transfer
+
+
+class _IoThread:
+    """Owns the sockets of one transport."""
+
+    def __init__(self, host: str, token: str, regions: dict[int, Region], inbox: Inbox, clock: Clock) -> None:
+        self._clock = clock
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, 1 << 14)
+        try:
+            self._router = _bind_router(self._context, host)
+        except ConfigError:
+            self._context.destroy(0)
+            raise
+        self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._receiver = ZmqReceiver(self._router, token, regions, inbox)
+        self._links: list[ZmqLink] = []
+        self._new_links: collections.deque[ZmqLink] = collections.deque()
+        self._doorbell = _Doorbell()
+        self._thread = threading.Thread(target=self._run, name="baton-zmq", daemon=True)
+        self._thread.start()
+
+    def is_open(self) -> bool:
+        return not self._doorbell.is_closed
+
+    def wake(self) -> None:
+        """Makes the thread take a turn."""
+        self._doorbell.ring()
+
+    def adopt(self, link: ZmqLink) -> None:
+        """Hands a new link to the thread."""
+        self._new_links.append(link)
+        self._doorbell.ring()
+
+    def malformed(self) -> int:
+        return self._receiver.malformed + sum(link.malformed for link in list(self._links))
+
+    def close(self) -> None:
+        if self.is_open():
+            self._doorbell.close()
+            self._thread.join()
+            self._doorbell.free()
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._router, zmq.POLLIN)
+        poller.register(self._doorbell.fd, zmq.POLLIN)
+        while self.is_open():
+            is_timed = self._receiver.is_waiting() or any(link.is_connecting() for link in self._links)
+            events = dict(poller.poll(DEADLINE_CHECK_MS if is_timed else None))
+            self._doorbell.answer()
+            try:
+                self._turn(poller, events)
+            except Exception:  # noqa: BLE001 - one bad message or link must not end the thread that serves all others
+                _log.exception("zmq transport: a turn failed")
+        for link in [*self._links, *self._new_links]:
+            link.fail("the transport is closed")
+            link.shut()
+        self._router.close(0)
+        self._context.destroy(0)
+
+    def _turn(self, poller: zmq.Poller, events: dict[object, int]) -> None:
+        now_s = self._clock.monotonic_s()
+        while self._new_links:
+            self._open(poller, self._new_links.popleft())
+        self._receiver.turn(now_s, self._router in events)
+        for link in list(self._links):
+            if not _turn_link(link, now_s, events):
+                poller.unregister(link.socket)
+                poller.unregister(link.monitor)
+                self._links.remove(link)
+                link.shut()
+
+    def _open(self, poller: zmq.Poller, link: ZmqLink) -> None:
+        try:
+            link.open(self._context)
+        except zmq.ZMQError as error:
+            link.fail(f"cannot open a connection: {error}")
+            link.shut()
+            return
+        poller.register(link.socket, zmq.POLLIN)
+        poller.register(link.monitor, zmq.POLLIN)
+        self._links.append(link)
+
+
+class _Doorbell:
+    """An eventfd that other threads ring; safe to ring after it was freed."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.is_closed = False
+        self._lock = threading.Lock()
+        self._is_free = False
+
+    def ring(self) -> None:
+        with self._lock:
+            if not self._is_free:
+                os.eventfd_write(self.fd, 1)
+
+    def answer(self) -> None:
+        try:
+            os.eventfd_read(self.fd)
+        except BlockingIOError:
+            return
+
+    def close(self) -> None:
+        self.is_closed = True
+        self.ring()
+
+    def free(self) -> None:
+        with self._lock:
+            self._is_free = True
+            os.close(self.fd)
+
+
+def _turn_link(link: ZmqLink, now_s: float, events: dict[object, int]) -> bool:
+    """False once the link is over; a link whose socket fails is."""
+    try:
+        return link.turn(now_s, link.socket in events, link.monitor in events)
+    except zmq.ZMQError as error:
+        link.fail(f"the connection failed: {error}")
+        return False
+
+
+def _bind_router(context: zmq.Context[zmq.Socket[bytes]], host: str) -> zmq.Socket[bytes]:
+    """Raises ConfigError if the host is not ours."""
+    address = bind_address(host)
+    router = context.socket(zmq.ROUTER)
+    for option, value in (
+        (zmq.LINGER, 0),
+        (zmq.ROUTER_MANDATORY, 1),
+        (zmq.MAXMSGSIZE, MAX_PART_BYTES),
+        (zmq.SNDHWM, 4 * MAX_FRAMES_IN_FLIGHT),
+        (zmq.RCVHWM, MAX_FRAMES_IN_FLIGHT),
+        (zmq.IPV6, int("[" in address)),
+    ):
+        router.setsockopt(option, value)
+    try:
+        router.bind(address)
+    except zmq.ZMQError as error:
+        router.close(0)
+        raise ConfigError(f"cannot listen on {host!r}: {error}") from error
+    return router
