@@ -76,6 +76,9 @@ def _serve(arguments: Sequence[str]) -> int:
     parser.add_argument("--model", help="a folder or a hub's name; the bundled model if left out")
     parser.add_argument("--host", default="127.0.0.1", help="the proxy's interface (127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="the proxy's port (8000)")
+    parser.add_argument(
+        "--open-control", action="store_true", help="instances of other hosts may join; closed networks only"
+    )
     parser.add_argument("--prefill-args", type=_words, default=(), metavar='"..."', help="for vLLM, prefill instances")
     parser.add_argument("--decode-args", type=_words, default=(), metavar='"..."', help="for vLLM, decode instances")
     parser.add_argument("--transport", choices=("auto", "shm", "zmq"), default="auto", help="how KV moves (auto)")

@@ -143,4 +143,4 @@ def _shown(value: object) -> str:
 
 def _rate(record: dict[str, Any]) -> str:
     value = record.get("gb_per_s")
-    return "-" if value is None else f"{value:.2f}"
+    return "-" if value is None else f"{value:.2g}"

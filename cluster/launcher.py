@@ -50,13 +50,17 @@ class Cluster:
         self._options = options or ClusterOptions()
         self._progress = progress
         self._build = installed_build()
-        host, port = plan.proxy_address(self._options)
-        self.url = f"http://{host}:{port}"
+        self._address = plan.proxy_address(self._options)
         topology = Topology.parse(topology) if isinstance(topology, str) else topology
-        self._specs = plan.instances(topology, self._options, _reachable(host, port), self._build)
+        self._specs = plan.instances(topology, self._options, self._address.local_url, self._build)
         self._start = plan.start_of(self._options, self._build)
         self._shared_zygote = zygote
         self._parts = _Parts()
+
+    @property
+    def url(self) -> str:
+        """The OpenAI endpoint, without /v1."""
+        return self._address.url
 
     @property
     def instances(self) -> list[InstanceMember]:
@@ -132,14 +136,14 @@ class Cluster:
             parts.folder.remove()
 
     def _start_proxy(self, folder: RunFolder) -> Member:
-        host, port = self.url.removeprefix("http://").rsplit(":", 1)
-        command = [sys.executable, "-P", "-m", "proxy", "--host", host, "--port", port]
+        command = [sys.executable, "-P", "-m", "proxy", "--host", self._address.host, "--port", str(self._address.port)]
+        command += ["--open-control"] if self._options.open_control else []
         command += self._options.proxy_arguments
         log = folder.path / "proxy.log"
         proxy = Member("proxy", log, lambda: start_child(command, {"PYTHONPATH": source_path()}, log))
         proxy.start()
         self._parts.proxy = proxy
-        self._wait(lambda: "" if get(f"{self._specs[0].join}/health")[0] else "proxy", 60.0)
+        self._wait(lambda: "" if get(f"{self._address.local_url}/health")[0] else "proxy", 60.0)
         if self._progress:
             self._progress.done(f"proxy listens on {self.url}")
         return proxy
@@ -169,7 +173,7 @@ class Cluster:
 
     def _not_ready(self) -> str:
         """The names of instances that the proxy cannot use yet."""
-        status, body = get(f"{self._specs[0].join}/instances")
+        status, body = get(f"{self._address.local_url}/instances")
         ready = _ready_names(body) if status == 200 else set()
         return ", ".join(member.name for member in self.instances if member.name not in ready)
 
@@ -212,11 +216,6 @@ class _Parts:
         self.zygote: Zygote | None = None
         self.supervisor: Supervisor | None = None
         self.instances: list[InstanceMember] = []
-
-
-def _reachable(host: str, port: int) -> str:
-    """The address by which processes of this machine reach a server that may listen on every interface."""
-    return f"http://{plan.LOOPBACK if host in ('0.0.0.0', '') else host}:{port}"
 
 
 def _ready_names(body: bytes) -> set[str]:

@@ -10,6 +10,7 @@ _PREFIX = re.compile(r"^\([\w ]+ pid=\d+\) ?")
 _LEVEL = re.compile(r"^(DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] ?")
 _FRAME = re.compile(r'^\s*File ".*", line \d+')
 _NAMED_ERROR = re.compile(r"^\s*[\w.]*(Error|Exception|Interrupt|error):")
+_MOST_DETAIL = 5
 _ROOT_CAUSE = "See root cause above"
 
 
@@ -22,11 +23,21 @@ def last_lines(path: Path, count: int = 15) -> list[str]:
     except OSError:
         return []
     lines = [line for line in _plain(text.splitlines()) if line.strip()]
-    errors = list(dict.fromkeys(line.strip() for line in lines if _NAMED_ERROR.match(line)))
+    errors = list(
+        dict.fromkeys(_with_detail(lines, index) for index, line in enumerate(lines) if _NAMED_ERROR.match(line))
+    )
     if errors:
-        causes = [line for line in errors if _ROOT_CAUSE not in line]
-        return (causes or errors)[-count:]
+        causes = [error for error in errors if _ROOT_CAUSE not in error]
+        return "\n".join(causes or errors).splitlines()[-count:]
     return lines[-count:]
+
+
+def _with_detail(lines: list[str], index: int) -> str:
+    """The line of an error with the indented lines below it, where pydantic says what was wrong."""
+    end = index + 1
+    while end < min(len(lines), index + _MOST_DETAIL) and lines[end].startswith("  "):
+        end += 1
+    return "\n".join([lines[index].strip(), *lines[index + 1 : end]])
 
 
 def _plain(lines: list[str]) -> list[str]:

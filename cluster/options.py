@@ -20,7 +20,8 @@ class Start(enum.Enum):
 
 
 class ClusterOptions(msgspec.Struct, frozen=True):
-    """host and port are the proxy's; port 0 takes a free one.
+    """host and port are the proxy's; port 0 takes a free one. open_control: instances of other hosts may join, so
+    everything listens on `host` instead of on loopback.
 
     arguments_*: for `vllm serve`, by role. connector: options of every connector (engine/settings.py), connector_*: of
     one role's. start: None takes the fastest that this vLLM knows. environment: for the instances.
@@ -30,6 +31,7 @@ class ClusterOptions(msgspec.Struct, frozen=True):
     model: ServedModel = msgspec.field(default_factory=bundled_model)
     host: str = "127.0.0.1"
     port: int = 0
+    open_control: bool = False
     transport: str = "auto"
     start: Start | None = None
     arguments_prefill: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ import os
 
 from cluster import cores
 from cluster.options import ClusterOptions, Start
-from cluster.ports import check_free, free_ports
+from cluster.ports import LOOPBACK, WILDCARDS, Address, check_free, free_ports, is_loopback
 from core.errors import ConfigError
 from core.handoff import Role
 from core.topology import Topology
@@ -14,20 +14,19 @@ from engine.build import Build, Device
 from engine.instance import ENV_VLLM_CORES, InstanceSpec
 from engine.preflight import check_arguments, check_memory, check_model
 
-LOOPBACK = "127.0.0.1"
-
 
 def instances(topology: Topology, options: ClusterOptions, proxy_url: str, build: Build) -> list[InstanceSpec]:
     """Decode instances last. Raises ConfigError for anything that would only fail after a long start."""
     roles = [Role.PREFILL] * topology.num_prefill + [Role.DECODE] * topology.num_decode
-    ports = free_ports(len(roles), LOOPBACK)
+    host = options.host if options.open_control else LOOPBACK
+    ports = free_ports(len(roles), host)
     shares = _cores(len(roles), build)
     specs = [
         InstanceSpec(
             name=f"{role.value}-{index if role is Role.PREFILL else index - topology.num_prefill}",
             role=role,
             model=options.model,
-            host=LOOPBACK,
+            host=host,
             port=ports[index],
             join=proxy_url,
             plain=topology.num_prefill == 0,
@@ -53,12 +52,22 @@ def check(specs: list[InstanceSpec], build: Build) -> None:
         check_memory(specs)
 
 
-def proxy_address(options: ClusterOptions) -> tuple[str, int]:
-    """Where the proxy will listen. Raises ConfigError if somebody does already."""
+def proxy_address(options: ClusterOptions) -> Address:
+    """Where the proxy will listen. Raises ConfigError if somebody does already, or nobody could join there."""
+    wildcard = options.host in WILDCARDS
+    if options.open_control and wildcard:
+        raise ConfigError(
+            f"--open-control needs this machine's address as --host, as other hosts reach it, not {options.host}"
+        )
+    if not (options.open_control or wildcard or is_loopback(options.host)):
+        raise ConfigError(
+            f"--host {options.host} is neither this machine alone nor every interface: give --host 0.0.0.0 to serve "
+            "other hosts' clients, or add --open-control to let their instances join too (closed networks only)"
+        )
     if options.port:
         check_free(options.port, options.host)
-        return options.host, options.port
-    return options.host, free_ports(1, options.host)[0]
+        return Address(options.host, options.port)
+    return Address(options.host, free_ports(1, options.host)[0])
 
 
 def start_of(options: ClusterOptions, build: Build) -> Start:

@@ -2,10 +2,39 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from contextlib import ExitStack
+from typing import NamedTuple
 
 from core.errors import ConfigError
+from engine.instance import url_of
+
+LOOPBACK = "127.0.0.1"
+WILDCARDS = ("0.0.0.0", "::")
+
+
+class Address(NamedTuple):
+    """Where a server listens."""
+
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        return url_of(self.host, self.port)
+
+    @property
+    def local_url(self) -> str:
+        """By which processes of this machine reach it, also where it listens on every interface."""
+        return url_of(LOOPBACK if self.host in WILDCARDS else self.host, self.port)
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def free_ports(count: int, host: str) -> list[int]:

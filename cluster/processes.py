@@ -61,24 +61,30 @@ def signal_group(group: int, number: signal.Signals) -> None:
 
 
 def stop_groups(children: Sequence[Child], timeout_s: float = STOP_TIMEOUT_S) -> None:
-    """SIGTERM to all at once, SIGKILL to what is left after the time; returns when nothing of them lives."""
-    _end(children, signal.SIGTERM, timeout_s)
-    _end(children, signal.SIGKILL, KILL_TIMEOUT_S)
+    """SIGTERM to all heads at once, SIGKILL to what is left of the groups; returns when nothing of them lives.
+
+    Only the head hears SIGTERM, it passes it on: a second one kills vLLM's engine core in the middle of its clean-up.
+    """
+    for child in children:
+        if child.poll() is None:
+            with suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGTERM)
+    _wait(children, timeout_s)
+    for group in living_groups({child.pid for child in children}):
+        signal_group(group, signal.SIGKILL)
+    _wait(children, KILL_TIMEOUT_S)
     for child in children:
         child.poll()
 
 
-def _end(children: Sequence[Child], number: signal.Signals, timeout_s: float) -> None:
+def _wait(children: Sequence[Child], timeout_s: float) -> None:
+    """Until no group lives, or the time is over."""
     groups = {child.pid for child in children}
-    alive = living_groups(groups)
-    for group in alive:
-        signal_group(group, number)
     deadline = time.monotonic() + timeout_s
-    while alive and time.monotonic() < deadline:
-        time.sleep(_POLL_S)
+    while living_groups(groups) and time.monotonic() < deadline:
         for child in children:
             child.poll()
-        alive = living_groups(groups)
+        time.sleep(_POLL_S)
 
 
 def _groups() -> list[tuple[int, int]]:

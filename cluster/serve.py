@@ -26,6 +26,7 @@ def run(options: argparse.Namespace) -> int:
             model=served_model(options.model),
             host=options.host,
             port=options.port,
+            open_control=options.open_control,
             transport=options.transport,
             start=Start(options.start) if options.start else None,
             arguments_prefill=options.prefill_args,

@@ -28,6 +28,9 @@ from transport.handoff import Event, Receiving, advance_receiving, allows
 from transport.messages import Accept, Cancel, Cancelled, Decline, Failed, Landed, Message, Refused
 from transport.ports import Ports
 
+LOST_PEER_S = 10.0
+"""How long no hand-off is asked of a peer whose connection broke."""
+
 
 @dataclass
 class Incoming:
@@ -77,7 +80,7 @@ class Receiver:
         self._lock = threading.RLock()
         self._all: dict[str, Incoming] = {}
         self._by_request: dict[str, Incoming] = {}
-        self._lost_peers: set[str] = set()
+        self._lost_peers: dict[str, float] = {}
         self._counted: set[str] = set()
         self._commands = LandCommands()
 
@@ -102,7 +105,7 @@ class Receiver:
             if missing < self._min_tokens:
                 self._decline(incoming, "cached" if found_tokens else "short")
                 return 0
-            if prefill.boot_id in self._lost_peers:
+            if self._is_lost(prefill):
                 return self._fall_back(incoming, "the prefill instance died")
             if self._ports.clock.monotonic_s() > incoming.deadline_s:
                 return self._fall_back(incoming, "no room before the deadline")
@@ -225,7 +228,7 @@ class Receiver:
             for incoming in list(self._all.values()):
                 if incoming.prefill.control != control:
                     continue
-                self._lost_peers.add(incoming.prefill.boot_id)
+                self._lost_peers[incoming.prefill.boot_id] = self._ports.clock.monotonic_s()
                 if allows(incoming.state, Event.PEER_LOST):
                     self._revoke(incoming, Event.PEER_LOST, "the prefill instance died")
             self._ports.wake()
@@ -244,6 +247,12 @@ class Receiver:
                     self._ports.wake()
 
     # ---- inside the lock ----
+
+    def _is_lost(self, peer: Peer) -> bool:
+        """Whether its connection broke lately. Not for ever: one broken connection is no proof of death, and to a
+        peer that is dead the proxy sends nothing any more."""
+        lost_s = self._lost_peers.get(peer.boot_id)
+        return lost_s is not None and self._ports.clock.monotonic_s() - lost_s < LOST_PEER_S
 
     def _num_blocks(self, num_tokens: int, found_tokens: int) -> int:
         return -(-num_tokens // self._block_size) - found_tokens // self._block_size

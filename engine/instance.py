@@ -17,6 +17,8 @@ from engine.arguments import Arguments
 from engine.build import Device
 
 DEFAULT_KV_CACHE_BYTES = 512 << 20
+DRAIN_TIMEOUT_S = 2
+"""With vLLM's default of 0 the engine core is killed at once and cannot tell the proxy that it leaves."""
 ENV_DIE_WITH_PARENT = "BATON_DIE_WITH_PARENT"
 ENV_ENGINE_CORES = "BATON_ENGINE_CORES"
 ENV_VLLM_CORES = "VLLM_CPU_OMP_THREADS_BIND"
@@ -60,7 +62,7 @@ class InstanceSpec(msgspec.Struct, frozen=True):
     @property
     def url(self) -> str:
         """Where its OpenAI server answers."""
-        return f"http://{self.host}:{self.port}"
+        return url_of(self.host, self.port)
 
     def serve_arguments(self, device: Device) -> list[str]:
         """What follows `vllm serve`. Raises ConfigError for an argument that Baton sets itself."""
@@ -73,6 +75,8 @@ class InstanceSpec(msgspec.Struct, frozen=True):
             result += ["--served-model-name", self.model.name]
         if not given.has("--disable-uvicorn-access-log", "--no-disable-uvicorn-access-log"):
             result += ["--disable-uvicorn-access-log"]
+        if not given.has("--shutdown-timeout"):
+            result += ["--shutdown-timeout", str(DRAIN_TIMEOUT_S)]
         if device is Device.CPU:
             if not given.has(*_EAGER):
                 result += ["--enforce-eager"]
@@ -114,6 +118,11 @@ class InstanceSpec(msgspec.Struct, frozen=True):
             cores = ",".join(map(str, self.cores))
             result |= {ENV_VLLM_CORES: cores, ENV_ENGINE_CORES: cores, "OMP_NUM_THREADS": str(len(self.cores))}
         return result
+
+
+def url_of(host: str, port: int) -> str:
+    """The base address of a server."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def common_variables(folder: Path, cache: Path, *, offline: bool) -> dict[str, str]:

@@ -4,7 +4,8 @@
                                     └─ P's leg: one token, same ticket           ──> read and dropped
 
     D answers (anything)               P's leg is cancelled: it has done its part, or is not needed
-    P fails before D has answered      D's leg is cancelled and D is asked again, alone (prefill_failed:...)
+    P fails before D has answered      D notices by itself and computes (its report says so); a D that says nothing for
+                                       takeover_s is asked again, alone (prefill_failed:...)
     P ends well                        its window place is free; D's answer is awaited
     D fails before the first byte      another D is asked, then a P, alone (resumed)
     D breaks off in a stream           the stream ends with an error event
@@ -149,7 +150,8 @@ class Flow:
             await asyncio.wait({answering, prefilling}, return_when=asyncio.FIRST_COMPLETED)
             if not answering.done():
                 lease.release_prefill()
-                if why := prefilling.result():
+                why = prefilling.result()
+                if why and not await self._takes_over(exchange.record, answering):
                     await _give_up(answering)
                     self._records.prefill_failed(exchange.record, why)
                     return await self._ask(exchange, server, None)
@@ -161,6 +163,16 @@ class Flow:
             lease.release_prefill()
             if not taken:
                 await _give_up(answering)
+
+    async def _takes_over(self, record: Record, answering: asyncio.Task[Answer | LegFailed]) -> bool:
+        """P has failed: whether D has noticed, and goes on without it."""
+        heard = asyncio.create_task(record.heard.wait())
+        timeout_s = self._settings.takeover_s
+        try:
+            await asyncio.wait({answering, heard}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            heard.cancel()
+        return answering.done() or record.heard.is_set()
 
     async def _prefill(self, exchange: Exchange, server: Instance, prefill: Instance) -> str:
         """P's leg. Empty if it ended well, else why not."""

@@ -18,6 +18,8 @@ from proxy.registry import Instance, Registry
 _KEEPALIVE_S = 2.0
 """vLLM closes idle connections after 5 s; ours must not be picked in the moment it does."""
 _CONNECT_TIMEOUT_S = 5.0
+_SILENCE_TIMEOUT_S = 3600.0
+"""An answer that is not streamed is silent while it is made, however long that takes; this only bounds the absurd."""
 _PROBE_TIMEOUT_S = 2.0
 
 
@@ -59,7 +61,9 @@ class Upstream:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
+                timeout=aiohttp.ClientTimeout(
+                    total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=_SILENCE_TIMEOUT_S
+                ),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
                 headers={"Accept-Encoding": "identity"},

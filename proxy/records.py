@@ -23,7 +23,10 @@ _MOMENTS = ("queued", "routed", "accepted", "moving", "landed", "first_token", "
 
 
 class Record:
-    """One request. `when_reported` is called at each report of the decode side."""
+    """One request. `when_reported` is called at each report of the decode side.
+
+    heard: the decode side has said something; reported: it has said everything.
+    """
 
     def __init__(self, request_id: str, client_id: str | None, endpoint: str, now_s: float) -> None:
         self.id = request_id
@@ -37,6 +40,7 @@ class Record:
         self.resumed: list[dict[str, str]] = []
         self.reports: dict[Role, Report] = {}
         self.when_reported: Callable[[], None] = lambda: None
+        self.heard = asyncio.Event()
         self.reported = asyncio.Event()
 
     @property
@@ -112,8 +116,16 @@ class Records:
         record.reports[report.role] = report
         if report.role is Role.DECODE:
             self._metrics.decode_report(report, old)
-            record.reported.set()
+            record.heard.set()
+            if _is_complete(report):
+                record.reported.set()
             record.when_reported()
+
+
+def _is_complete(report: Report) -> bool:
+    """Every prompt token is accounted for, or nobody waits for it any more."""
+    counted = report.handed_over + report.found_locally + report.computed
+    return report.outcome == "cancelled" or counted >= report.prompt_tokens > 0
 
 
 def show(record: Record) -> dict[str, Any]:
@@ -131,7 +143,7 @@ def show(record: Record) -> dict[str, Any]:
         "bytes": decode.num_bytes if decode else 0,
         "outcome": decode.outcome if decode else None,
         "moments_ms": {name: (moments[name] - queued) * 1e3 for name in _MOMENTS if name in moments},
-        "gb_per_s": _gb_per_s(decode, moments),
+        "gb_per_s": _gb_per_s(decode, prefill),
         "prefill": _account(prefill),
         "decode": _account(decode),
         "resumed": record.resumed,
@@ -165,11 +177,10 @@ def _moments_of(report: Report | None) -> dict[str, float]:
     return {name: at for name, at in report.moments.items() if name in _MOMENTS} if report else {}
 
 
-def _gb_per_s(decode: Report | None, moments: dict[str, float]) -> float | None:
-    if decode is None or "moving" not in moments or "landed" not in moments:
-        return None
-    seconds = moments["landed"] - moments["moving"]
-    return decode.num_bytes / seconds / 1e9 if seconds > 0 else None
+def _gb_per_s(decode: Report | None, prefill: Report | None) -> float | None:
+    """While bytes were really moved: the push waits for each layer's computation in between."""
+    seconds = prefill.detail.get("write_s", 0.0) if prefill else 0.0
+    return decode.num_bytes / seconds / 1e9 if decode is not None and seconds > 0 else None
 
 
 def _account(report: Report | None) -> dict[str, Any] | None:

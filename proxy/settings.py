@@ -14,6 +14,7 @@ class Settings(msgspec.Struct, frozen=True):
     threshold: prompts surely shorter than this many tokens are not handed off; 0 hands off all.
     open_control: instances may register from other hosts. Whoever can reach the port can then put an instance of their
         own in the path of every prompt, so it is for closed networks.
+    takeover_s: how long, after its prefill instance failed, a decode instance may take to say that it goes on alone.
     lost_after_s: without a heartbeat for this long, an instance gets no new requests.
     gone_after_s: without a heartbeat for this long, the requests it holds are given up and sent elsewhere.
     """
@@ -25,8 +26,9 @@ class Settings(msgspec.Struct, frozen=True):
     queue_timeout_s: float = 120.0
     threshold: int = 0
     open_control: bool = False
-    lost_after_s: float = 5.0
-    gone_after_s: float = 15.0
+    takeover_s: float = 3.0
+    lost_after_s: float = 8.0
+    gone_after_s: float = 30.0
     suspect_s: float = 2.0
     health_poll_s: float = 0.25
     report_wait_s: float = 1.0

@@ -60,7 +60,7 @@ class Memory(Protocol):
 
 
 class Transfer(Protocol):
-    """One batch of block copies in flight. Local memory must stay unchanged until it is no longer RUNNING."""
+    """One batch of block copies in flight. Local memory must stay mapped and unchanged until it is no longer RUNNING."""
 
     def poll(self) -> TransferState: ...
 
@@ -90,7 +90,8 @@ class Endpoint(Protocol):
         ...
 
     def close(self) -> None:
-        """After this returns no write of this endpoint will touch the peer's memory."""
+        """Ends every write under way. Over shm none will touch the peer's memory after this returned; over a network
+        bytes that have left may still arrive: there the fence is the peer's own `Landing.close`."""
         ...
 
 

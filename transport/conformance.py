@@ -57,7 +57,7 @@ class Party:
         self._buffer = ctypes.create_string_buffer(num_bytes if self._memory is None else 1)
         address = ctypes.addressof(self._buffer) if self._memory is None else self._memory.address
         self._all = memoryview((ctypes.c_char * num_bytes).from_address(address)).cast("B")
-        self._all[:] = random.Random(seed).randbytes(num_bytes)
+        self._all[:] = _content(seed, num_bytes)
         self._base = address
         self.regions: list[Region] = []
         for index, (block_bytes, stride, num_blocks) in enumerate(_SHAPES):
@@ -338,6 +338,11 @@ def check_leaves_nothing(maker: Maker) -> None:
     for _ in range(3):
         _use_once(maker)
     wait_for(lambda: _num_open() <= before, f"descriptors and threads go back to {before}")
+
+
+@functools.cache
+def _content(seed: int, num_bytes: int) -> bytes:
+    return random.Random(seed).randbytes(num_bytes)
 
 
 def _use_once(maker: Maker) -> None:

@@ -229,12 +229,13 @@ class _PeerSockets:
             push.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 5)
             push.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 2)
             push.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
-            monitor = push.get_monitor_socket(_LOST)
+            self._sockets[address] = (push, push.get_monitor_socket(_LOST))
             push.connect(address)
         except zmq.ZMQError:
+            if address in self._sockets:
+                self._close(address)
             push.close(0)
             raise
-        self._sockets[address] = (push, monitor)
 
     def _close(self, address: str) -> None:
         push, monitor = self._sockets.pop(address)

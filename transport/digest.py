@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import xxhash
 
 from transport.base import Region
+from transport.regions import view
 
 LINE_BYTES = 64
 SAMPLED_LINES = 4
@@ -26,7 +27,7 @@ def block_digest(region: Region, block_id: int, position: int, *, full: bool) ->
     address = region.address + block_id * region.stride
     seed = (region.id << 32) | position
     if full or region.block_bytes <= SAMPLED_LINES * LINE_BYTES:
-        return bytes_digest(ctypes.string_at(address, region.block_bytes), region.id, position)
+        return bytes_digest(view(address, region.block_bytes), region.id, position)
     lines = region.block_bytes // LINE_BYTES
     inner = 1 + (position * 7 + region.id * 3) % max(lines - 3, 1)
     picks = (0, inner, 1 + (inner + lines // 2) % max(lines - 2, 1), lines - 1)

@@ -117,15 +117,15 @@ def decode_envelope(wire: bytes) -> Envelope:
     """Raises ProtocolError if these bytes are no envelope."""
     try:
         return _ENVELOPE.decode(wire)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not a Baton control message: {error}") from error
 
 
 def decode_body(envelope: Envelope) -> Message:
     """Raises ProtocolError if the body is no message of this protocol version, or names another hand-off."""
     try:
-        message = _BODY.decode(envelope.body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        message: Message = _BODY.decode(envelope.body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"control message from {envelope.sender.name}: {error}") from error
     if message.handoff != envelope.handoff:
         raise ProtocolError(f"control message from {envelope.sender.name}: envelope and body name other hand-offs")

@@ -113,6 +113,7 @@ class ZmqReceiver:
             return self._welcome(identity, frame)
         if frame is None or identity not in self._peers:
             return False
+        self._peers.move_to_end(identity)
         if isinstance(frame, Ask):
             return self._answer(identity, frame)
         if isinstance(frame, Data) != (payload is not None):

@@ -27,6 +27,8 @@ def baton(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["serve", "1P1D", "--model", "/no/such/model"], "model /no/such/model: no such folder"),
         (["serve", "1P1D", "--modle", "x"], "did you mean --model?"),
         (["serve", "1P1D", "--port", "99999"], "port 99999 is not between"),
+        (["serve", "1P1D", "--host", "192.0.2.1"], "--open-control"),
+        (["serve", "1P1D", "--host", "0.0.0.0", "--open-control"], "as other hosts reach it"),
         (["serve", "1P1D", "--transport", "rdma"], "invalid choice: 'rdma'"),
         (["serve", "1P1D", "--prefill-args", "--tensor-parallel-size 2"], "tensor parallel size 2"),
         (["serve", "1P1D", "--decode-args", "--port=9"], "--port is set by Baton"),

@@ -28,5 +28,12 @@ def test_shows_the_last_lines_where_no_error_is_named(tmp_path: Path) -> None:
     assert last_lines(tmp_path / "log", 3) == ["line 37", "line 38", "line 39"]
 
 
+def test_shows_what_stands_below_an_error(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text(
+        "usage\n(APIServer pid=1) x.ValidationError: 1 error\n(APIServer pid=1)   Value error, 5\nend"
+    )
+    assert last_lines(tmp_path / "log") == ["x.ValidationError: 1 error", "  Value error, 5"]
+
+
 def test_a_missing_log_has_no_lines(tmp_path: Path) -> None:
     assert last_lines(tmp_path / "none") == []

@@ -7,7 +7,7 @@ record that this place was reached.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from tests.engine.prompts import token_prompt
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 NUM_TOKENS = 1300
-PAIRS_BYTES = 6 * 11
 
 
 def body(seed: int) -> dict[str, Any]:
@@ -29,7 +28,7 @@ def body(seed: int) -> dict[str, Any]:
 
 
 @pytest.fixture
-def start(zygote: Any, plain: Cluster) -> Callable[..., Cluster]:
+def start(zygote: Any, plain: Cluster) -> Iterator[Callable[..., Cluster]]:
     clusters: list[Cluster] = []
 
     def make(transport: str, **more: Any) -> Cluster:
@@ -38,7 +37,7 @@ def start(zygote: Any, plain: Cluster) -> Callable[..., Cluster]:
         cluster.start()
         return cluster
 
-    yield make  # type: ignore[misc]
+    yield make
     for cluster in clusters:
         cluster.stop()
 

@@ -70,7 +70,12 @@ def test_fifty_bodies_that_only_decode_rejects_leave_nothing(shared_cluster: Any
     cluster: Cluster = shared_cluster("1P1D", *CHUNKED, transport="shm")
     start = until(lambda: _settled(cluster), 30, "both engines to be idle")
     for index in range(50):
-        body = {"model": "baton-demo", "prompt": token_prompt(400, 53_000 + index), "max_tokens": 5, "min_tokens": 9}
+        body: dict[str, Any] = {
+            "model": "baton-demo",
+            "prompt": token_prompt(400, 53_000 + index),
+            "max_tokens": 5,
+            "min_tokens": 9,
+        }
         response = requests.post(f"{cluster.url}/v1/completions", json=body, timeout=60)
         assert response.status_code == 400, response.text
         assert response.json()["error"]["message"]

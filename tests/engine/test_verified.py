@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -9,11 +10,11 @@ import pytest
 from cluster.launcher import Cluster
 from tests.engine.client import ask, metric, record
 from tests.engine.clusters import WHOLE
-from tests.engine.prompts import BLOCK, token_prompt
+from tests.engine.prompts import BLOCK, ROOT, token_prompt
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
-LAYERS = 6
+LAYERS = json.loads((ROOT / "cluster" / "demo_model" / "config.json").read_text())["num_hidden_layers"]
 
 
 @pytest.mark.parametrize("transport", ["shm", "zmq"])

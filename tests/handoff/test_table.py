@@ -29,7 +29,7 @@ def _reachable(table: Table, start: Any) -> set[Any]:
 
 @pytest.mark.parametrize("table", [SENDING, RECEIVING], ids=["sending", "receiving"])
 def test_every_state_is_reached_from_new_and_reaches_released(table: Table) -> None:
-    states = type(next(iter(table)))
+    states: Any = type(next(iter(table)))
     assert _reachable(table, states.NEW) == set(states)
     for state in states:
         assert states.RELEASED in _reachable(table, state), f"{state} never ends"

@@ -14,7 +14,7 @@ from tests.proxy.fleet import Fleet, engines, running
 
 @pytest.fixture
 def fleet() -> Iterator[Fleet]:
-    with running(Settings(health_poll_s=0.02, report_wait_s=0.3)) as fleet:
+    with running(Settings(health_poll_s=0.02, report_wait_s=0.3, takeover_s=0.1)) as fleet:
         yield fleet
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import time
+from typing import Any
 
 import msgspec
 import pytest
@@ -92,7 +93,8 @@ def test_a_record_tells_the_path_the_tokens_and_the_moments(fleet: Fleet, pair: 
     prefill, decode = pair
     answer = fleet.chat(stream=True)
     request_id, now_s = answer.headers["x-request-id"], time.time()
-    fleet.beat(prefill, report_of(prefill, request_id, outcome="sent", moments={"moving": now_s}, handed_over=99))
+    sent: dict[str, Any] = {"handed_over": 99, "detail": {"write_s": 0.001}}
+    fleet.beat(prefill, report_of(prefill, request_id, outcome="sent", moments={"moving": now_s}, **sent))
     kv = {"prompt_tokens": 20, "handed_over": 16, "found_locally": 3, "computed": 1, "num_bytes": 2_000_000}
     moments = {"accepted": now_s - 0.001, "landed": now_s + 0.001}
     detail = {"bytes_before_last_layer": 7.0}
@@ -121,10 +123,11 @@ def test_tokens_are_never_the_prefill_sides_word(fleet: Fleet, pair: Pair) -> No
     assert record["bytes"] == 0
 
 
-def test_a_question_asked_too_early_waits_for_ds_report(fleet: Fleet, pair: Pair) -> None:
+def test_a_question_asked_too_early_waits_for_ds_whole_report(fleet: Fleet, pair: Pair) -> None:
     answer = fleet.chat()
+    fleet.beat(pair[1], report_of(pair[1], answer.headers["x-request-id"], prompt_tokens=5))
     with fleet.in_background(lambda: fleet.client.get(f"/requests/{answer.headers['x-request-id']}")) as records:
-        fleet.beat(pair[1], report_of(pair[1], answer.headers["x-request-id"], computed=5))
+        fleet.beat(pair[1], report_of(pair[1], answer.headers["x-request-id"], prompt_tokens=5, computed=5))
     assert records[0].json()["tokens"]["computed"] == 5
 
 

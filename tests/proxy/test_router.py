@@ -19,6 +19,7 @@ from proxy.router import Router, Want
 from proxy.settings import Settings
 
 P, D = Role.PREFILL, Role.DECODE
+LOST_S, GONE_S = Settings().lost_after_s, Settings().gone_after_s
 
 
 class House:
@@ -123,7 +124,7 @@ def test_a_suspect_is_avoided_for_a_while_but_used_if_it_is_the_last() -> None:
 def test_an_instance_is_lost_in_silence_and_comes_back_through_starting() -> None:
     async def check(house: House) -> None:
         await house.join("d", D)
-        house.clock.advance(5.1)
+        house.clock.advance(LOST_S + 0.1)
         house.registry.check_silence()
         assert house.state("d") is State.LOST
         info = house.registry.all()[0].info
@@ -155,12 +156,12 @@ def test_what_hangs_on_the_silent_or_the_replaced_is_given_up() -> None:
         leg = Leg()
         await house.join("d", D)
         house.registry.all()[0].legs.add(leg)
-        house.clock.advance(14)
+        house.clock.advance(GONE_S - 1)
         house.registry.check_silence()
         assert leg.whys == []
         house.clock.advance(2)
         house.registry.check_silence()
-        assert leg.whys == ["silent for 16 s"]
+        assert leg.whys == [f"silent for {GONE_S + 1:.0f} s"]
         await house.join("d", D, boot="another")
         assert leg.whys[1:] == ["replaced by a newer start"]
         assert house.state("d") is State.READY
@@ -235,11 +236,11 @@ def test_those_who_wait_for_a_prefill_that_is_lost_go_on_without_it() -> None:
         await house.admission.admit(Want.HANDOFF)
         waiting = asyncio.create_task(house.admission.admit(Want.HANDOFF))
         await settle()
-        house.clock.advance(6)
+        house.clock.advance(LOST_S + 1)
         await house.join("d", D)
         house.registry.check_silence()
         assert (await waiting).route.why == "no_prefill"
-        house.clock.advance(6)
+        house.clock.advance(LOST_S + 1)
         house.registry.check_silence()
         with pytest.raises(NoInstance):
             await house.admission.admit(Want.HANDOFF)

@@ -1,0 +1,110 @@
+"""A peer in a process of its own, for tests that stop or kill it. Speaks JSON lines on its standard streams.
+
+python -m tests.transport.peer_process own SCHEME              says its description, expects tag "t", counts
+python -m tests.transport.peer_process write SCHEME HEX         writes all its blocks under tag "t"
+python -m tests.transport.peer_process control                  says its control address
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from core.handoff import Peer
+from tests.poll import until
+from tests.transport.memory import Owned
+from transport.base import TransferState
+from transport.choose import make_transport
+from transport.control import Callbacks, ControlPlane, Identity
+
+NUM_BLOCKS = 16
+BLOCK_BYTES = 1 << 19
+ROOT = Path(__file__).parents[2]
+
+
+class PeerProcess:
+    """Starts it; kills it in the end."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", "tests.transport.peer_process", *arguments]
+        self._child = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> PeerProcess:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._child.kill()
+        self._child.wait()
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        self._child.stdin.close()
+        self._child.stdout.close()
+
+    def says(self, timeout_s: float = 20.0) -> Any:
+        """Its next line."""
+        assert self._child.stdout is not None
+        readable, _, _ = select.select([self._child.stdout], [], [], timeout_s)
+        assert readable, "the peer process says nothing"
+        return json.loads(self._child.stdout.readline())
+
+    def asks(self) -> Any:
+        """Makes it look once more, and say what it sees."""
+        assert self._child.stdin is not None
+        self._child.stdin.write("\n")
+        self._child.stdin.flush()
+        return self.says()
+
+    def signal(self, number: signal.Signals) -> None:
+        self._child.send_signal(number)
+        if number == signal.SIGKILL:
+            self._child.wait()
+
+
+def say(words: object) -> None:
+    print(json.dumps(words), flush=True)
+
+
+def own(scheme: str) -> None:
+    owned = Owned(make_transport(scheme, "127.0.0.1"), BLOCK_BYTES, NUM_BLOCKS, fill=0)
+    landing = owned.expect("t", range(NUM_BLOCKS))
+    say(owned.transport.describe().hex())
+    notices: list[str] = []
+    for _ in sys.stdin:
+        notices += [notice.decode() for notice in landing.poll()]
+        say({"notices": notices, "written": landing.num_written(), "first": owned.block(0)[0], "pid": os.getpid()})
+    owned.transport.close()
+
+
+def write(scheme: str, description: str) -> None:
+    owned = Owned(make_transport(scheme, "127.0.0.1"), BLOCK_BYTES, NUM_BLOCKS, fill=7)
+    endpoint = owned.transport.connect(bytes.fromhex(description))
+    transfer = endpoint.write("t", owned.blocks(range(NUM_BLOCKS)), owned.blocks(range(NUM_BLOCKS)), b"done")
+    until(lambda: transfer.poll() is not TransferState.RUNNING, 10.0, "the write ends")
+    say(transfer.poll().value)
+    sys.stdin.read()
+
+
+def control() -> None:
+    plane = ControlPlane(
+        "127.0.0.1", Identity("other", "boot", "print"), Callbacks(lambda envelope: say(envelope.handoff))
+    )
+    say(plane.address)
+    sys.stdin.read()
+    plane.close()
+
+
+def peer_at(address: str) -> Peer:
+    return Peer("other", address, "boot")
+
+
+if __name__ == "__main__":
+    modes: dict[str, Callable[..., None]] = {"own": own, "write": write, "control": control}
+    modes[sys.argv[1]](*sys.argv[2:])
