@@ -43,7 +43,12 @@ def test_two_plainly_started_instances_join_a_proxy_and_hand_over_by_tcp(proxy_u
             assert process.stdout is not None
             assert process.stdout.readline().startswith("ready http://127.0.0.1:"), _log(tmp_path)
         until(lambda: _states(proxy_url) == ["ready", "ready"], what="both to be ready")
-        body: dict[str, Any] = {"model": BUNDLED_NAME, "prompt": list(range(100, 500)), "max_tokens": 4, "temperature": 0}
+        body: dict[str, Any] = {
+            "model": BUNDLED_NAME,
+            "prompt": list(range(100, 500)),
+            "max_tokens": 4,
+            "temperature": 0,
+        }
         answer = requests.post(f"{proxy_url}/v1/completions", json=body, timeout=60)
         assert answer.status_code == 200, answer.text
         record = requests.get(f"{proxy_url}/requests/{answer.headers['x-request-id']}", timeout=10).json()

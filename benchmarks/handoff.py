@@ -1,0 +1,117 @@
+"""`baton bench handoff`: the first token of 1P1D beside plain vLLM's, and the hand-off beside a memcpy.
+
+start all systems ──▶ warm up ──▶ for each length, for each repeat: memcpy, then every system ──▶ table, verdict
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+
+import msgspec
+
+from benchmarks import table
+from benchmarks.bar import Bar
+from benchmarks.machine import Machine, this_machine
+from benchmarks.measure import Measurement, Plan, Yard
+from benchmarks.memcpy import CacheShape, Yardstick
+from benchmarks.options import HandoffOptions, parse
+from benchmarks.report import file_name, markdown, problem_lines
+from benchmarks.results import Run
+from benchmarks.summary import findings_of, rows_of
+from benchmarks.systems import KV_CACHE_BYTES, Setting, progress_on_stderr, running, setting_of
+from cluster.bundled import BUNDLED_FOLDER
+from cluster.launcher import Cluster
+from cluster.members import get
+from core.clock import Clock, SystemClock
+from core.errors import BatonError
+
+DEFAULT_BLOCK_SIZE = 128
+DEFAULT_CHUNK_TOKENS = 2048
+
+
+def run(argv: list[str]) -> int:
+    """0 when it was measured, whatever the figures say; 1 when a sample was not what it claims to be."""
+    options = parse(argv)
+    machine = this_machine()
+    result = _measured(options, argv, machine, SystemClock())
+    _print(result)
+    if options.out is not None:
+        options.out.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+        print(f"everything raw: {options.out}")
+    if options.markdown is not None:
+        path = file_name(result, options.markdown)
+        path.write_text(markdown(result))
+        print(f"results file: {path}")
+    return 1 if any(sample.problem for sample in result.samples) else 0
+
+
+def _measured(options: HandoffOptions, argv: list[str], machine: Machine, clock: Clock) -> Run:
+    """Everything that it starts is stopped again, whatever ends it."""
+    date = datetime.datetime.fromtimestamp(clock.unix_s(), datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    progress = progress_on_stderr()
+    with running(options.systems, options.shape, options.max_num_batched_tokens, progress) as clusters:
+        setting = setting_of(clusters)
+        urls = {name: cluster.url for name, cluster in clusters.items()}
+        plan = Plan(options.systems, urls, options.prompts, options.repeats, _vocabulary())
+        block_size = _block_size(urls)
+        bar = Bar(sys.stderr, clock, plan.weight())
+        measurement = Measurement(plan, clock, bar)
+        try:
+            measurement.warm_up()
+            yard = _yard(options, setting, block_size, clock)
+            measurement.measure(yard)
+        except BatonError as error:
+            raise BatonError(f"{error}\n{_last_words(clusters)}".rstrip()) from error
+        finally:
+            bar.close()
+    command = shlex.join(["baton", "bench", "handoff", *argv])
+    samples, copies = tuple(measurement.samples), tuple(measurement.copies)
+    return Run(command, date, machine, options.shape, setting, block_size, samples, copies)
+
+
+def _yard(options: HandoffOptions, setting: Setting, block_size: int, clock: Clock) -> Yard | None:
+    """Memories like the KV caches; none where nothing is handed over."""
+    if not any(system.transport for system in options.systems):
+        return None
+    layers = options.shape.num_layers
+    block_bytes = options.shape.token_bytes() // layers * block_size
+    shape = CacheShape(layers, block_bytes, KV_CACHE_BYTES // (layers * block_bytes))
+    chunk_tokens = max(setting.batched.values()) or DEFAULT_CHUNK_TOKENS
+    return Yard(Yardstick(shape, clock), setting.core_prefill, block_size, chunk_tokens)
+
+
+def _print(result: Run) -> None:
+    rows = rows_of(result)
+    print()
+    print(table.text_table(rows))
+    lines = [*table.memcpy_lines(result), *table.window_lines(rows), *table.setting_lines(result)]
+    lines += problem_lines(result)
+    lines += [f"note: {text}" for text in result.machine.warnings(result.setting.kv_cache_bytes)]
+    print("\n" + "\n".join(lines))
+    findings = table.finding_lines(findings_of(rows))
+    if findings:
+        print("\n" + "\n".join(findings))
+
+
+def _block_size(urls: Mapping[str, str]) -> int:
+    """As the instances that hand over told their proxy; vLLM's default on CPUs where none does."""
+    for url in urls.values():
+        status, body = get(f"{url}/instances")
+        listing = json.loads(body)["instances"] if status == 200 else []
+        sizes = [entry["block_size"] for entry in listing if entry.get("block_size")]
+        if sizes:
+            return int(sizes[0])
+    return DEFAULT_BLOCK_SIZE
+
+
+def _vocabulary() -> int:
+    return int(json.loads((BUNDLED_FOLDER / "config.json").read_text())["vocab_size"])
+
+
+def _last_words(clusters: Mapping[str, Cluster]) -> str:
+    members = [member for cluster in clusters.values() for member in cluster.members]
+    return "\n".join(member.last_words() for member in members if member.exit_code() is not None)

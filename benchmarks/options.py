@@ -1,0 +1,122 @@
+"""What `baton bench handoff` is asked for, read from its command line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import msgspec
+
+from benchmarks.shapes import SHAPES, Shape, shape_of
+from benchmarks.systems import MAX_PROMPT_TOKENS, MIN_PROMPT_TOKENS, SYSTEMS, System
+from core.errors import ConfigError
+
+PROMPTS = "512,2048,4000"
+REPEATS = 5
+QUICK_PROMPTS = "256,512"
+QUICK_REPEATS = 2
+
+T = TypeVar("T")
+
+
+class HandoffOptions(msgspec.Struct, frozen=True):
+    """max_num_batched_tokens: None leaves vLLM's default. out, markdown: files to write."""
+
+    shape: Shape
+    prompts: tuple[int, ...]
+    repeats: int
+    systems: tuple[System, ...]
+    max_num_batched_tokens: int | None = None
+    out: Path | None = None
+    markdown: Path | None = None
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def parse(arguments: Sequence[str]) -> HandoffOptions:
+    """Raises ConfigError naming the option, and the nearest known one where it is not known."""
+    parser = _parser()
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1, cutoff=0.5)
+        raise ConfigError(
+            f"unknown argument {unknown[0]!r}; "
+            + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
+        )
+    quick_prompts, quick_repeats = (QUICK_PROMPTS, QUICK_REPEATS) if given.quick else (PROMPTS, REPEATS)
+    return HandoffOptions(
+        shape=shape_of(given.shape),
+        prompts=_list("--prompts", given.prompts or quick_prompts, _prompt),
+        repeats=_number("--repeats", given.repeats or str(quick_repeats), 1, 1000),
+        systems=_list("--systems", given.systems, _system),
+        max_num_batched_tokens=_batched(given.max_num_batched_tokens),
+        out=_file("--out", given.out),
+        markdown=_file("--markdown", given.markdown),
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        "baton bench handoff",
+        description="Time to first token of plain vLLM and of 1P1D on the same cores, and the hand-off beside memcpy.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--shape", default="qwen2.5-1.5b", help=f"of the KV cache: {', '.join(SHAPES)} (qwen2.5-1.5b)")
+    parser.add_argument("--prompts", metavar="N,N", help=f"prompt lengths in tokens ({PROMPTS})")
+    parser.add_argument("--repeats", metavar="N", help=f"samples per system and length ({REPEATS})")
+    parser.add_argument("--systems", default=",".join(SYSTEMS), help=f"what is compared ({','.join(SYSTEMS)})")
+    parser.add_argument("--max-num-batched-tokens", metavar="N", help="for every instance (vLLM's default)")
+    parser.add_argument("--out", metavar="FILE.json", help="everything raw")
+    parser.add_argument("--markdown", metavar="FILE", help="a results file; in a folder: [theme]_[hardware]_[date].md")
+    parser.add_argument("--quick", action="store_true", help=f"prompts {QUICK_PROMPTS}, {QUICK_REPEATS} repeats")
+    return parser
+
+
+def _list(option: str, text: str, read: Callable[[str], T]) -> tuple[T, ...]:
+    values = tuple(read(part.strip()) for part in text.split(","))
+    if len(set(values)) != len(values):
+        raise ConfigError(f"{option} {text} names something twice")
+    return values
+
+
+def _prompt(text: str) -> int:
+    return _number("--prompts", text, MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS)
+
+
+def _system(text: str) -> System:
+    if text not in SYSTEMS:
+        raise ConfigError(f"--systems: unknown system {text!r}; known: {', '.join(SYSTEMS)}")
+    return SYSTEMS[text]
+
+
+def _batched(text: str | None) -> int | None:
+    return None if text is None else _number("--max-num-batched-tokens", text, 128, 65536)
+
+
+def _number(option: str, text: str, low: int, high: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise ConfigError(f"{option}: {text!r} is not a number") from None
+    if not low <= value <= high:
+        raise ConfigError(f"{option}: {value} is not between {low} and {high}")
+    return value
+
+
+def _file(option: str, text: str | None) -> Path | None:
+    """Found out before an hour of measuring, not after."""
+    if text is None:
+        return None
+    path = Path(text)
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{option} {text}: no such folder")
+    return path

@@ -1,0 +1,63 @@
+"""The results file: `[theme]_[hardware]_[date].md`, with the command, the versions, the table and what it means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.memcpy import PASSES
+from benchmarks.results import Run
+from benchmarks.summary import findings_of, rows_of
+from benchmarks.table import finding_lines, markdown_table, memcpy_lines, setting_lines, window_lines
+
+_HOW = f"""\
+Every system runs at once and is asked alone, by turns, beginning with another one each time; prompts are random tokens
+that never repeat. Times are the client's, through the same proxy for all. One decode step is plain vLLM's median gap
+between two tokens. *Writes* is the bytes over the time that the prefill worker spent inside its pushes (checks and the
+sampled digest included). The memcpy copies the same number of blocks of the same size, layer by layer and chunk by
+chunk, between two shared memories of the KV cache's size, on the prefill core, beside each repeat (median of {PASSES}
+passes each): *cold* after both memories were written from end to end, *warm* with each layer's source written
+immediately before, which is closer to what a push meets. *Landed* is when the decode worker has checked everything."""
+
+
+def markdown(run: Run) -> str:
+    """The whole file."""
+    rows, machine = rows_of(run), run.machine
+    versions = (
+        f"{machine.cpu}, {machine.num_cores} cores, {machine.memory_bytes / 2**30:.0f} GiB, last-level cache "
+        f"{machine.cache_bytes / 2**20:.0f} MiB; Linux {machine.kernel}; Python {machine.python}, "
+        f"torch {machine.torch}, vLLM {machine.vllm}, Baton {machine.baton}; {run.date}"
+    )
+    warnings = machine.warnings(run.setting.kv_cache_bytes)
+    sections = [
+        f"# Hand-off: first token of 1P1D beside plain vLLM, {run.shape.name}",
+        f"```\n{run.command}\n```",
+        versions,
+        _bullets(setting_lines(run)),
+        markdown_table(rows),
+        _bullets([*memcpy_lines(run), *window_lines(rows), *problem_lines(run)]),
+        "## What it means",
+        _bullets([*finding_lines(findings_of(rows)), *(f"note: {text}" for text in warnings)]),
+        "## How it is measured",
+        _HOW,
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def file_name(run: Run, folder_or_file: Path) -> Path:
+    """In a folder the name is made; a file is taken as it is."""
+    if folder_or_file.is_dir():
+        return folder_or_file / f"handoff_{run.machine.hardware}_{run.date[:10]}.md"
+    return folder_or_file
+
+
+def problem_lines(run: Run) -> list[str]:
+    """Samples that do not count, each with its reason."""
+    return [
+        f"NOT VALID: {sample.system}, {sample.prompt_tokens} tokens, repeat {sample.repeat + 1}: {sample.problem}"
+        for sample in run.samples
+        if sample.problem
+    ]
+
+
+def _bullets(lines: list[str]) -> str:
+    return "\n".join(f"* {line}" for line in lines)

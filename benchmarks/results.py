@@ -1,0 +1,105 @@
+"""What a run leaves: every sample raw, and what it was measured on. The JSON of `--out` is this, as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from benchmarks.machine import Machine
+from benchmarks.memcpy import CopyTimes
+from benchmarks.shapes import Shape
+from benchmarks.systems import Setting
+
+
+class Handover(msgspec.Struct, frozen=True):
+    """One hand-off, from the proxy's record.
+
+    write_ms: the prefill worker's time inside its pushes: Endpoint.write with its checks, and the digest (over shm
+        four cache lines of each block, over zmq every byte). Over shm this is the copy itself; over zmq the bytes
+        move later, on another thread.
+    moving_to_landed_ms: from the first write, with the computation in between.
+    last_layer_to_landed_ms: from the call behind P's last layer of the last chunk, before its write, until D's worker
+        has checked everything; None where the record does not tell it. P's scheduler sends Landed after the step, so
+        the rest of the forward pass (o_proj and MLP of the last layer, head, sampling) lies in between.
+    check_ms: of these, D's worker counting and comparing digests.
+    """
+
+    tokens: int
+    num_bytes: int
+    chunks: int
+    write_ms: float
+    accepted_ms: float
+    moving_to_landed_ms: float
+    last_layer_to_landed_ms: float | None
+    check_ms: float
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """One request. problem: why it does not count; empty if it does."""
+
+    system: str
+    prompt_tokens: int
+    repeat: int
+    first_token_ms: float
+    gaps_ms: tuple[float, ...]
+    handover: Handover | None
+    problem: str
+    record: dict[str, Any]
+
+
+class Copy(msgspec.Struct, frozen=True):
+    """The yardstick beside the samples of one prompt length and repeat."""
+
+    prompt_tokens: int
+    repeat: int
+    times: CopyTimes
+
+
+class Run(msgspec.Struct, frozen=True):
+    """One `baton bench handoff`."""
+
+    command: str
+    date: str
+    machine: Machine
+    shape: Shape
+    setting: Setting
+    block_size: int
+    samples: tuple[Sample, ...]
+    copies: tuple[Copy, ...]
+
+
+def handover_of(record: dict[str, Any]) -> Handover | None:
+    """None where nothing was handed over."""
+    prefill, decode, moments = record.get("prefill"), record.get("decode"), record.get("moments_ms", {})
+    tokens = record.get("tokens", {}).get("handed_over") or 0
+    if not (prefill and decode and tokens and "landed" in moments):
+        return None
+    last_layer = moments.get("last_layer")
+    return Handover(
+        tokens=tokens,
+        num_bytes=record["bytes"],
+        chunks=int(prefill.get("chunks", 0)),
+        write_ms=prefill.get("write_s", 0.0) * 1e3,
+        accepted_ms=moments.get("accepted", 0.0),
+        moving_to_landed_ms=moments["landed"] - moments.get("moving", 0.0),
+        last_layer_to_landed_ms=None if last_layer is None else moments["landed"] - last_layer,
+        check_ms=decode.get("check_s", 0.0) * 1e3,
+    )
+
+
+def problem_of(record: dict[str, Any], transport: str, prompt_tokens: int) -> str:
+    """Why a sample is not what it claims to be: all tokens but one handed over. No transport: plain vLLM."""
+    if record.get("status") != "done":
+        return f"status {record.get('status')}"
+    if not transport:
+        return ""
+    tokens, used = record.get("tokens", {}), record.get("path", {}).get("transport")
+    if tokens.get("handed_over") != prompt_tokens - 1:
+        why = record.get("path", {}).get("why") or record.get("outcome") or "not reported"
+        return f"{tokens.get('handed_over')} of {prompt_tokens - 1} tokens were handed over ({why})"
+    if used != transport:
+        return f"went over {used}"
+    if tokens.get("computed") != 1 or tokens.get("found_locally"):
+        return f"decode computed {tokens.get('computed')} and found {tokens.get('found_locally')} tokens"
+    return ""
