@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from benchmarks import table
+from benchmarks import cores, table
 from benchmarks.bar import Bar
 from benchmarks.machine import Machine, this_machine
 from benchmarks.measure import Measurement, Plan, Yard
@@ -22,21 +22,21 @@ from benchmarks.options import HandoffOptions, parse
 from benchmarks.report import file_name, markdown, problem_lines
 from benchmarks.results import Run
 from benchmarks.summary import findings_of, rows_of
-from benchmarks.systems import KV_CACHE_BYTES, Setting, progress_on_stderr, running, setting_of
+from benchmarks.systems import Recipe, cores_of, running
 from cluster.bundled import BUNDLED_FOLDER
 from cluster.launcher import Cluster
 from cluster.members import get
+from cluster.progress import Progress
 from core.clock import Clock, SystemClock
 from core.errors import BatonError
 
 DEFAULT_BLOCK_SIZE = 128
-DEFAULT_CHUNK_TOKENS = 2048
 
 
 def run(argv: list[str]) -> int:
     """0 when it was measured, whatever the figures say; 1 when a sample was not what it claims to be."""
-    options = parse(argv)
     machine = this_machine()
+    options = parse(argv, machine.has_fast_bfloat16)
     result = _measured(options, argv, machine, SystemClock())
     _print(result)
     if options.out is not None:
@@ -52,9 +52,8 @@ def run(argv: list[str]) -> int:
 def _measured(options: HandoffOptions, argv: list[str], machine: Machine, clock: Clock) -> Run:
     """Everything that it starts is stopped again, whatever ends it."""
     date = datetime.datetime.fromtimestamp(clock.unix_s(), datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    progress = progress_on_stderr()
-    with running(options.systems, options.shape, options.max_num_batched_tokens, progress) as clusters:
-        setting = setting_of(clusters)
+    with running(options.systems, options.recipe, Progress(sys.stderr)) as clusters:
+        used_cores = cores_of(clusters)
         urls = {name: cluster.url for name, cluster in clusters.items()}
         plan = Plan(options.systems, urls, options.prompts, options.repeats, _vocabulary())
         block_size = _block_size(urls)
@@ -62,26 +61,24 @@ def _measured(options: HandoffOptions, argv: list[str], machine: Machine, clock:
         measurement = Measurement(plan, clock, bar)
         try:
             measurement.warm_up()
-            yard = _yard(options, setting, block_size, clock)
-            measurement.measure(yard)
+            handed_over = any(system.transport for system in options.systems)
+            measurement.measure(_yard(options.recipe, machine, block_size, clock) if handed_over else None)
         except BatonError as error:
             raise BatonError(f"{error}\n{_last_words(clusters)}".rstrip()) from error
         finally:
             bar.close()
     command = shlex.join(["baton", "bench", "handoff", *argv])
     samples, copies = tuple(measurement.samples), tuple(measurement.copies)
-    return Run(command, date, machine, options.shape, setting, block_size, samples, copies)
+    return Run(command, date, machine, options.recipe, used_cores, block_size, samples, copies)
 
 
-def _yard(options: HandoffOptions, setting: Setting, block_size: int, clock: Clock) -> Yard | None:
-    """Memories like the KV caches; none where nothing is handed over."""
-    if not any(system.transport for system in options.systems):
-        return None
-    layers = options.shape.num_layers
-    block_bytes = options.shape.token_bytes() // layers * block_size
-    shape = CacheShape(layers, block_bytes, KV_CACHE_BYTES // (layers * block_bytes))
-    chunk_tokens = max(setting.batched.values()) or DEFAULT_CHUNK_TOKENS
-    return Yard(Yardstick(shape, clock), setting.core_prefill, block_size, chunk_tokens)
+def _yard(recipe: Recipe, machine: Machine, block_size: int, clock: Clock) -> Yard:
+    """Memories like the KV caches."""
+    num_layers = recipe.shape.num_layers
+    block_bytes = recipe.token_bytes // num_layers * block_size
+    shape = CacheShape(num_layers, block_bytes, recipe.kv_cache_bytes // (num_layers * block_bytes))
+    core, _ = cores.pair()
+    return Yard(Yardstick(shape, clock, machine.cache_bytes), core, block_size, recipe.max_num_batched_tokens)
 
 
 def _print(result: Run) -> None:
@@ -90,7 +87,7 @@ def _print(result: Run) -> None:
     print(table.text_table(rows))
     lines = [*table.memcpy_lines(result), *table.window_lines(rows), *table.setting_lines(result)]
     lines += problem_lines(result)
-    lines += [f"note: {text}" for text in result.machine.warnings(result.setting.kv_cache_bytes)]
+    lines += [f"note: {text}" for text in result.machine.warnings()]
     print("\n" + "\n".join(lines))
     findings = table.finding_lines(findings_of(rows))
     if findings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from importlib import metadata
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from engine.build import installed_build
 
 QUIET_LOAD = 0.3
 """Above this one-minute load average before a run, somebody else computes."""
+
+_EMPTY_WORDS = ("cpu", "processor", "core", "r", "tm")
 
 
 class Machine(msgspec.Struct, frozen=True):
@@ -27,26 +30,27 @@ class Machine(msgspec.Struct, frozen=True):
     torch: str
     vllm: str
     baton: str
+    has_fast_bfloat16: bool
     load: float
 
     @property
     def hardware(self) -> str:
         """For a file's name."""
-        return f"{'-'.join(word.lower() for word in self.cpu.split() if word.isalnum())}-{self.num_cores}c"
+        words = re.findall(r"[a-z0-9]+", self.cpu.partition("(")[0].partition("@")[0].lower())
+        return f"{'-'.join(word for word in words if word not in _EMPTY_WORDS)}-{self.num_cores}-cores"
 
-    def warnings(self, kv_cache_bytes: int) -> list[str]:
+    def warnings(self) -> list[str]:
         """Why the figures should not be believed too much."""
-        found = []
         if self.load > QUIET_LOAD:
-            found.append(f"the machine was not quiet: load average {self.load:.2f} when the run began")
-        if self.cache_bytes >= kv_cache_bytes:
-            found.append("the last-level cache is as large as a KV cache: the cold memcpy was not cold")
-        return found
+            return [f"the machine was not quiet: load average {self.load:.2f} when the run began"]
+        return []
 
 
 def this_machine() -> Machine:
+    """Read from /proc, /sys and the installed packages."""
+    cpuinfo = Path("/proc/cpuinfo").read_text()
     return Machine(
-        cpu=cpu_model(Path("/proc/cpuinfo").read_text()),
+        cpu=cpu_model(cpuinfo),
         num_cores=len(os.sched_getaffinity(0)),
         cache_bytes=_cache_bytes(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -55,6 +59,7 @@ def this_machine() -> Machine:
         torch=_version("torch"),
         vllm=installed_build().version,
         baton=_version("baton-serve"),
+        has_fast_bfloat16=has_fast_bfloat16(cpuinfo),
         load=os.getloadavg()[0],
     )
 
@@ -70,6 +75,11 @@ def cpu_model(cpuinfo: str) -> str:
     if any(letter.isdigit() for letter in name):
         return name
     return f"{name} (family {fields.get('cpu family', '?')} model {fields.get('model', '?')})"
+
+
+def has_fast_bfloat16(cpuinfo: str) -> bool:
+    """Whether products of bfloat16 are not slower than those of float32."""
+    return " avx512f" in cpuinfo or " amx_bf16" in cpuinfo
 
 
 def _cache_bytes() -> int:

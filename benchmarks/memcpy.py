@@ -7,8 +7,8 @@ Both memories are what the shm transport makes (a memfd, mapped shared, every pa
 caches. Block numbers are drawn anew for each pass and on both sides, as in a pool that has been used for a while, so
 nearly every block is a copy of its own. Three figures, because what the processor's caches hold decides a good part:
 
-    cold: both memories have been written from end to end before, so that source and target come from memory
-          (as far as the last-level cache is smaller than a KV cache);
+    cold: something much larger than the last-level cache has been written before, so that source and target come
+          from memory;
     warm: each layer's source blocks are written immediately before their copy, as a layer's computation does;
     run:  cold, but each layer's blocks lie one behind the other on both sides: one copy per layer and chunk.
 """
@@ -26,6 +26,7 @@ from core.clock import Clock
 from transport.mapping import Mapping, make_memfd
 
 PASSES = 3
+BROOM_BYTES = 64 << 20
 
 
 class CacheShape(msgspec.Struct, frozen=True):
@@ -50,13 +51,14 @@ class CopyTimes(msgspec.Struct, frozen=True):
 
 
 class Yardstick:
-    """Two memories of one shape. Runs in the caller's thread, on whatever core that is bound to."""
+    """Two memories of one shape, and a broom. Runs in the caller's thread, on whatever core that is bound to."""
 
-    def __init__(self, shape: CacheShape, clock: Clock, seed: int = 0) -> None:
+    def __init__(self, shape: CacheShape, clock: Clock, last_level_bytes: int = 0, seed: int = 0) -> None:
         self._shape = shape
         self._clock = clock
         self._dice = random.Random(seed)
         self._memories = [_memory(shape.num_bytes) for _ in range(2)]
+        self._broom = _memory(max(BROOM_BYTES, 4 * last_level_bytes))
 
     def measure(self, num_blocks: int, blocks_per_chunk: int) -> CopyTimes:
         """Copies `num_blocks` blocks of every layer, chunk by chunk; the first pass of each kind is not counted."""
@@ -73,7 +75,7 @@ class Yardstick:
 
     def close(self) -> None:
         """Gives the memories back."""
-        for memory in self._memories:
+        for memory in (*self._memories, self._broom):
             memory.close()
 
     def _draw(self, num_blocks: int) -> list[int]:
@@ -114,9 +116,8 @@ class Yardstick:
         return memory.address + (layer * self._shape.num_blocks + block_id) * self._shape.block_bytes
 
     def _sweep(self) -> None:
-        """Writes both memories from end to end: afterwards the caches hold only their last bytes."""
-        for memory in self._memories:
-            ctypes.memset(memory.address, 2, memory.num_bytes)
+        """Writes the broom: afterwards the processor's caches hold little else."""
+        ctypes.memset(self._broom.address, 2, self._broom.num_bytes)
 
 
 def _memory(num_bytes: int) -> Mapping:

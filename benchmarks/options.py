@@ -10,8 +10,16 @@ from typing import NoReturn, TypeVar
 
 import msgspec
 
-from benchmarks.shapes import SHAPES, Shape, shape_of
-from benchmarks.systems import MAX_PROMPT_TOKENS, MIN_PROMPT_TOKENS, SYSTEMS, System
+from benchmarks.shapes import SHAPES, shape_of
+from benchmarks.systems import (
+    ELEMENT_BYTES,
+    MAX_NUM_BATCHED_TOKENS,
+    MAX_PROMPT_TOKENS,
+    MIN_PROMPT_TOKENS,
+    SYSTEMS,
+    Recipe,
+    System,
+)
 from core.errors import ConfigError
 
 PROMPTS = "512,2048,4000"
@@ -23,13 +31,12 @@ T = TypeVar("T")
 
 
 class HandoffOptions(msgspec.Struct, frozen=True):
-    """max_num_batched_tokens: None leaves vLLM's default. out, markdown: files to write."""
+    """out, markdown: files to write."""
 
-    shape: Shape
+    recipe: Recipe
     prompts: tuple[int, ...]
     repeats: int
     systems: tuple[System, ...]
-    max_num_batched_tokens: int | None = None
     out: Path | None = None
     markdown: Path | None = None
 
@@ -41,7 +48,7 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
-def parse(arguments: Sequence[str]) -> HandoffOptions:
+def parse(arguments: Sequence[str], has_fast_bfloat16: bool) -> HandoffOptions:
     """Raises ConfigError naming the option, and the nearest known one where it is not known."""
     parser = _parser()
     given, unknown = parser.parse_known_args(arguments)
@@ -54,11 +61,14 @@ def parse(arguments: Sequence[str]) -> HandoffOptions:
         )
     quick_prompts, quick_repeats = (QUICK_PROMPTS, QUICK_REPEATS) if given.quick else (PROMPTS, REPEATS)
     return HandoffOptions(
-        shape=shape_of(given.shape),
+        recipe=Recipe(
+            shape_of(given.shape),
+            _dtype(given.dtype, has_fast_bfloat16),
+            _number("--max-num-batched-tokens", given.max_num_batched_tokens, 128, 65536),
+        ),
         prompts=_list("--prompts", given.prompts or quick_prompts, _prompt),
         repeats=_number("--repeats", given.repeats or str(quick_repeats), 1, 1000),
         systems=_list("--systems", given.systems, _system),
-        max_num_batched_tokens=_batched(given.max_num_batched_tokens),
         out=_file("--out", given.out),
         markdown=_file("--markdown", given.markdown),
     )
@@ -74,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", metavar="N,N", help=f"prompt lengths in tokens ({PROMPTS})")
     parser.add_argument("--repeats", metavar="N", help=f"samples per system and length ({REPEATS})")
     parser.add_argument("--systems", default=",".join(SYSTEMS), help=f"what is compared ({','.join(SYSTEMS)})")
-    parser.add_argument("--max-num-batched-tokens", metavar="N", help="for every instance (vLLM's default)")
+    parser.add_argument("--dtype", default="auto", help="auto: bfloat16, on processors without AVX-512 float32 (auto)")
+    batched = str(MAX_NUM_BATCHED_TOKENS)
+    parser.add_argument("--max-num-batched-tokens", metavar="N", default=batched, help=f"vLLM's default ({batched})")
     parser.add_argument("--out", metavar="FILE.json", help="everything raw")
     parser.add_argument("--markdown", metavar="FILE", help="a results file; in a folder: [theme]_[hardware]_[date].md")
     parser.add_argument("--quick", action="store_true", help=f"prompts {QUICK_PROMPTS}, {QUICK_REPEATS} repeats")
@@ -98,8 +110,13 @@ def _system(text: str) -> System:
     return SYSTEMS[text]
 
 
-def _batched(text: str | None) -> int | None:
-    return None if text is None else _number("--max-num-batched-tokens", text, 128, 65536)
+def _dtype(text: str, has_fast_bfloat16: bool) -> str:
+    """Without AVX-512 a bfloat16 product is 6 times slower than one in float32 (5 against 32 GFLOP/s, EPYC 7001)."""
+    if text == "auto":
+        return "bfloat16" if has_fast_bfloat16 else "float32"
+    if text not in ELEMENT_BYTES:
+        raise ConfigError(f"--dtype: unknown dtype {text!r}; known: auto, {', '.join(ELEMENT_BYTES)}")
+    return text
 
 
 def _number(option: str, text: str, low: int, high: int) -> int:

@@ -15,7 +15,7 @@ that never repeat. Times are the client's, through the same proxy for all. One d
 between two tokens. *Writes* is the bytes over the time that the prefill worker spent inside its pushes (checks and the
 sampled digest included). The memcpy copies the same number of blocks of the same size, layer by layer and chunk by
 chunk, between two shared memories of the KV cache's size, on the prefill core, beside each repeat (median of {PASSES}
-passes each): *cold* after both memories were written from end to end, *warm* with each layer's source written
+passes each): *cold* after the processor's caches were swept, *warm* with each layer's source written
 immediately before, which is closer to what a push meets. *Landed* is when the decode worker has checked everything."""
 
 
@@ -27,16 +27,15 @@ def markdown(run: Run) -> str:
         f"{machine.cache_bytes / 2**20:.0f} MiB; Linux {machine.kernel}; Python {machine.python}, "
         f"torch {machine.torch}, vLLM {machine.vllm}, Baton {machine.baton}; {run.date}"
     )
-    warnings = machine.warnings(run.setting.kv_cache_bytes)
     sections = [
-        f"# Hand-off: first token of 1P1D beside plain vLLM, {run.shape.name}",
+        f"# Hand-off: first token of 1P1D beside plain vLLM, {run.recipe.shape.name}",
         f"```\n{run.command}\n```",
         versions,
         _bullets(setting_lines(run)),
         markdown_table(rows),
         _bullets([*memcpy_lines(run), *window_lines(rows), *problem_lines(run)]),
         "## What it means",
-        _bullets([*finding_lines(findings_of(rows)), *(f"note: {text}" for text in warnings)]),
+        _bullets([*finding_lines(findings_of(rows)), *(f"note: {text}" for text in machine.warnings())]),
         "## How it is measured",
         _HOW,
     ]

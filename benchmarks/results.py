@@ -8,8 +8,7 @@ import msgspec
 
 from benchmarks.machine import Machine
 from benchmarks.memcpy import CopyTimes
-from benchmarks.shapes import Shape
-from benchmarks.systems import Setting
+from benchmarks.systems import Recipe
 
 
 class Handover(msgspec.Struct, frozen=True):
@@ -57,13 +56,13 @@ class Copy(msgspec.Struct, frozen=True):
 
 
 class Run(msgspec.Struct, frozen=True):
-    """One `baton bench handoff`."""
+    """One `baton bench handoff`. cores: of each engine, by system/instance."""
 
     command: str
     date: str
     machine: Machine
-    shape: Shape
-    setting: Setting
+    recipe: Recipe
+    cores: dict[str, tuple[int, ...]]
     block_size: int
     samples: tuple[Sample, ...]
     copies: tuple[Copy, ...]

@@ -6,11 +6,9 @@ launcher ─┬─ zygote ── plain: 1 vLLM   shm: prefill + decode   zmq: pr
 
 from __future__ import annotations
 
-import re
 import signal
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import msgspec
@@ -28,15 +26,18 @@ from engine.build import Device, installed_build
 from engine.instance import ServedModel
 
 MODEL_NAME = "bench"
-KV_CACHE_BYTES = 512 << 20
+KV_CACHE_BYTES = {"bfloat16": 512 << 20, "float32": 1 << 30}
+"""The same number of tokens for both."""
+ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
 MAX_MODEL_LEN = 4608
+MAX_NUM_BATCHED_TOKENS = 2048
+"""What vLLM 0.32 takes for a CPU server if it is not told, and says so only in the first log of a process."""
 MAX_TOKENS = 6
 MIN_PROMPT_TOKENS = 129
 """What is shorter than a block of 128 and one token is not handed off."""
 MAX_PROMPT_TOKENS = MAX_MODEL_LEN - MAX_TOKENS
 IMPORT_TIMEOUT_S = 300.0
 
-_BATCHED = re.compile(r"Chunked prefill is enabled with max_num_batched_tokens=(\d+)")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -54,21 +55,33 @@ SYSTEMS = {
 }
 
 
-class Setting(msgspec.Struct, frozen=True):
-    """What every system was started with, as it really is. cores: by instance; batched: by instance, 0: not said."""
+class Recipe(msgspec.Struct, frozen=True):
+    """What every instance is started with."""
 
-    arguments: tuple[str, ...]
-    kv_cache_bytes: int
-    core_prefill: int
-    core_decode: int
-    cores: dict[str, tuple[int, ...]]
-    batched: dict[str, int]
+    shape: Shape
+    dtype: str
+    max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        return KV_CACHE_BYTES[self.dtype]
+
+    @property
+    def token_bytes(self) -> int:
+        """Of KV, over all layers."""
+        return self.shape.token_bytes(ELEMENT_BYTES[self.dtype])
+
+    def options(self, model: ServedModel) -> ClusterOptions:
+        """The same for prefill, decode and plain instances. Nothing that dies is started again."""
+        arguments = ["--load-format", "dummy", "--dtype", self.dtype, "--seed", "0"]
+        arguments += ["--max-model-len", str(MAX_MODEL_LEN)]
+        arguments += ["--max-num-batched-tokens", str(self.max_num_batched_tokens)]
+        both = tuple(arguments)
+        return ClusterOptions(model=model, arguments_prefill=both, arguments_decode=both, restart=False)
 
 
 @contextmanager
-def running(
-    systems: tuple[System, ...], shape: Shape, max_num_batched_tokens: int | None, progress: Progress
-) -> Iterator[dict[str, Cluster]]:
+def running(systems: tuple[System, ...], recipe: Recipe, progress: Progress) -> Iterator[dict[str, Cluster]]:
     """Started systems by name. Everything is stopped at the end, whatever ends it."""
     if installed_build().device is not Device.CPU:
         raise UnsupportedError("baton bench handoff measures CPU instances: hand-off on a GPU is not supported yet")
@@ -76,8 +89,8 @@ def running(
     try:
         folder = RunFolder.create()
         stack.callback(folder.remove)
-        path = write_model(shape, folder.subfolder("model"), BUNDLED_FOLDER)
-        options = _options(ServedModel(str(path), MODEL_NAME, KV_CACHE_BYTES), max_num_batched_tokens)
+        path = write_model(recipe.shape, folder.subfolder("model"), BUNDLED_FOLDER)
+        options = recipe.options(ServedModel(str(path), MODEL_NAME, recipe.kv_cache_bytes))
         zygote = _zygote(folder, stack, progress)
         clusters = {}
         for system in systems:
@@ -91,30 +104,11 @@ def running(
             stack.close()
 
 
-def setting_of(clusters: dict[str, Cluster]) -> Setting:
-    """Read from the running instances, not from what was asked for."""
-    members = {f"{name}/{member.name}": member for name, cluster in clusters.items() for member in cluster.instances}
-    batched = {}
-    for name, member in members.items():
-        said = _BATCHED.search(member.log.read_text(errors="replace"))
-        batched[name] = int(said[1]) if said else 0
-    core_prefill, core_decode = cores.pair()
-    return Setting(
-        arguments=next(iter(members.values())).spec.arguments,
-        kv_cache_bytes=KV_CACHE_BYTES,
-        core_prefill=core_prefill,
-        core_decode=core_decode,
-        cores={name: member.spec.cores for name, member in members.items()},
-        batched=batched,
-    )
-
-
-def _options(model: ServedModel, max_num_batched_tokens: int | None) -> ClusterOptions:
-    arguments = ["--load-format", "dummy", "--dtype", "bfloat16", "--seed", "0", "--max-model-len", str(MAX_MODEL_LEN)]
-    if max_num_batched_tokens is not None:
-        arguments += ["--max-num-batched-tokens", str(max_num_batched_tokens)]
-    both = tuple(arguments)
-    return ClusterOptions(model=model, arguments_prefill=both, arguments_decode=both, restart=False)
+def cores_of(clusters: Mapping[str, Cluster]) -> dict[str, tuple[int, ...]]:
+    """Which cores each engine is bound to, by system/instance."""
+    return {
+        f"{name}/{member.name}": member.spec.cores for name, cluster in clusters.items() for member in cluster.instances
+    }
 
 
 def _planned(system: System, options: ClusterOptions, zygote: Zygote | None, progress: Progress) -> Cluster:
@@ -153,8 +147,4 @@ def _undisturbed() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def progress_on_stderr() -> Progress:
-    return Progress(sys.stderr)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -96,16 +96,14 @@ def window_lines(rows: Sequence[Row]) -> list[str]:
 
 def setting_lines(run: Run) -> list[str]:
     """On which cores, in which chunks: what makes the systems comparable."""
-    setting = run.setting
-    cores = "; ".join(f"{name}: {','.join(map(str, used)) or 'unbound'}" for name, used in setting.cores.items())
-    sizes = sorted(set(setting.batched.values()))
-    batched = " and ".join(map(str, sizes)) if 0 not in sizes else "not said by vLLM"
-    asked = "as asked" if "--max-num-batched-tokens" in setting.arguments else "vLLM's default"
+    recipe, shape = run.recipe, run.recipe.shape
+    cores = "; ".join(f"{name}: {','.join(map(str, used)) or 'unbound'}" for name, used in run.cores.items())
     return [
         f"engine cores: {cores}",
-        f"max_num_batched_tokens {batched} ({asked}){'' if len(sizes) == 1 else ': NOT EQUAL'}; block size "
-        f"{run.block_size}; KV cache {setting.kv_cache_bytes >> 20} MiB each; {run.shape.name}: {run.shape.like}, "
-        f"{run.shape.token_bytes() / 1e3:.1f} kB of KV per token, hidden size {run.shape.hidden_size}",
+        f"every instance: {recipe.dtype}, max_num_batched_tokens {recipe.max_num_batched_tokens}, block size "
+        f"{run.block_size}, KV cache {recipe.kv_cache_bytes >> 20} MiB",
+        f"{shape.name}: {shape.like}, {recipe.token_bytes / 1e3:.1f} kB of KV per token, hidden size "
+        f"{shape.hidden_size}, dummy weights",
     ]
 
 

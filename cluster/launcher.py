@@ -112,7 +112,7 @@ class Cluster:
             member.start()
         self.wait_ready()
         if self._options.restart:
-            parts.supervisor = Supervisor([parts.proxy, *parts.instances], self._note)
+            parts.supervisor = Supervisor([parts.proxy, *parts.instances], self._note, self._silent)
             parts.supervisor.start()
 
     def wait_ready(self, timeout_s: float | None = None) -> None:
@@ -177,6 +177,11 @@ class Cluster:
         ready = _ready_names(body) if status == 200 else set()
         return ", ".join(member.name for member in self.instances if member.name not in ready)
 
+    def _silent(self) -> set[str]:
+        """Names of instances that another one waits for in vain."""
+        status, body = get(f"{self._specs[0].join}/instances")
+        return silent_names(body) if status == 200 else set()
+
     def _wait(self, missing: Callable[[], str], timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         while text := missing():
@@ -216,6 +221,13 @@ class _Parts:
         self.zygote: Zygote | None = None
         self.supervisor: Supervisor | None = None
         self.instances: list[InstanceMember] = []
+
+
+def silent_names(body: bytes) -> set[str]:
+    """From the proxy's listing: who is named, by its boot id, in another's `silent_peers`."""
+    entries = msgspec.json.decode(body)["instances"]
+    silent = {boot_id for entry in entries for boot_id in entry["silent_peers"]}
+    return {entry["name"] for entry in entries if entry["boot_id"] in silent}
 
 
 def _ready_names(body: bytes) -> set[str]:

@@ -11,6 +11,7 @@ from cluster.members import Member
 from core.errors import BatonError
 
 POLL_S = 0.2
+SILENT_POLL_S = 1.0
 
 
 class RestartBudget:
@@ -35,9 +36,14 @@ class RestartBudget:
 class Supervisor:
     """Watches from its own thread, which is also the one that starts: it must live as long as what it has started."""
 
-    def __init__(self, members: Sequence[Member], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, members: Sequence[Member], say: Callable[[str], None], silent: Callable[[], set[str]] = set
+    ) -> None:
+        """silent: names of members that hang while another waits for their end; they are killed."""
         self._members = members
         self._say = say
+        self._silent = silent
+        self._silent_due_s = 0.0
         self._budgets: dict[str, RestartBudget] = {}
         self._due_s: dict[str, float] = {}
         self._stopping = threading.Event()
@@ -62,11 +68,23 @@ class Supervisor:
 
     def _run(self) -> None:
         while not self._stopping.wait(POLL_S):
+            self._end_silent()
             for member in self._members:
                 with self._starting:
                     if member.name not in self.given_up and not self._stopping.is_set():
                         self._look_after(member)
         self._released.wait()
+
+    def _end_silent(self) -> None:
+        now_s = time.monotonic()
+        if now_s < self._silent_due_s:
+            return
+        self._silent_due_s = now_s + SILENT_POLL_S
+        names = self._silent()
+        for member in self._members:
+            if member.name in names:
+                self._say(f"{member.name} hangs while another instance waits for it to stop writing; ending it")
+                member.kill_group()
 
     def _look_after(self, member: Member) -> None:
         now_s = time.monotonic()

@@ -28,6 +28,9 @@ from transport.handoff import Event, Receiving, advance_receiving, allows
 from transport.messages import Accept, Cancel, Cancelled, Decline, Failed, Landed, Message, Refused
 from transport.ports import Ports
 
+SILENT_PEER_S = 5.0
+"""How long a peer may take to answer a Cancel before whoever started it is asked to end it."""
+
 LOST_PEER_S = 10.0
 """How long no hand-off is asked of a peer whose connection broke."""
 
@@ -47,6 +50,7 @@ class Incoming:
     is_computing: bool = False
     client_gone: bool = False
     accept: Accept | None = None
+    revoked_s: float = 0.0
 
     @property
     def id(self) -> str:
@@ -202,6 +206,13 @@ class Receiver:
         with self._lock:
             return sum(1 for incoming in self._all.values() if incoming.block_ids)
 
+    def silent_peers(self) -> list[str]:
+        """Boot ids of peers that may still write into our blocks and have not answered for SILENT_PEER_S."""
+        now_s = self._ports.clock.monotonic_s()
+        with self._lock:
+            revoking = [i for i in self._all.values() if i.state is Receiving.REVOKING]
+            return sorted({i.prefill.boot_id for i in revoking if now_s - i.revoked_s > SILENT_PEER_S})
+
     # ---- the control plane's thread ----
 
     def on_message(self, sender: Peer, message: Message) -> None:
@@ -231,6 +242,9 @@ class Receiver:
                 self._lost_peers[incoming.prefill.boot_id] = self._ports.clock.monotonic_s()
                 if allows(incoming.state, Event.PEER_LOST):
                     self._revoke(incoming, Event.PEER_LOST, "the prefill instance died")
+                elif incoming.state is Receiving.REVOKING:
+                    why = self._account(incoming).why
+                    self._commands.drop.append(Drop(incoming.id, fenced=False, peer_dead=True, why=why))
             self._ports.wake()
 
     def tick(self) -> None:
@@ -336,6 +350,7 @@ class Receiver:
     def _revoke(self, incoming: Incoming, event: Event, why: str) -> None:
         """Give up while P may still write: ask it to stop, and let the worker watch the fence."""
         self._move(incoming, event)
+        incoming.revoked_s = self._ports.clock.monotonic_s()
         is_dead = event is Event.PEER_LOST
         self._commands.drop.append(Drop(incoming.id, fenced=False, peer_dead=is_dead, why=why))
         if not is_dead:

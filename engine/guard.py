@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+from vllm.logger import init_logger
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-_log = logging.getLogger("baton.engine")
+_log = init_logger("vllm.baton")
 
 
 def never_raises(default: _R) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:

@@ -7,11 +7,12 @@ of this file belong to the engine's thread alone.
 
 from __future__ import annotations
 
-import logging
 import os
 import uuid
 from collections.abc import Callable
 from typing import Any
+
+from vllm.logger import init_logger
 
 from core.clock import SystemClock
 from core.errors import ProtocolError
@@ -39,7 +40,7 @@ IDLE_SLEEP_S = 0.1
 GROWTH_BLOCKS = 4
 """Blocks that a running request is assumed to need soon, at most: head-room that hand-offs may not take."""
 
-_log = logging.getLogger("baton.engine")
+_log = init_logger("vllm.baton")
 
 
 class SchedulerSide:
@@ -234,6 +235,7 @@ class SchedulerSide:
             num_blocks=self._num_blocks,
             free_blocks=self._free_blocks(),
             pid=os.getpid(),
+            silent_peers=self._receiver.silent_peers() if self._receiver is not None else [],
         )
 
     def _report(self, report: Report) -> None:

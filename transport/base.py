@@ -60,7 +60,7 @@ class Memory(Protocol):
 
 
 class Transfer(Protocol):
-    """One batch of block copies in flight. Local memory must stay mapped and unchanged until it is no longer RUNNING."""
+    """One batch of block copies in flight. Local memory must stay mapped and as it is until this is not RUNNING."""
 
     def poll(self) -> TransferState: ...
 

@@ -134,3 +134,18 @@ def test_two_instances_that_send_to_each_other_do_not_deadlock(make_cluster: Any
         return all(each["free_blocks"] == each["num_blocks"] - 1 for each in listing)
 
     until(all_free, 60, "all blocks to be free")
+
+
+def test_a_prefill_instance_that_hangs_for_ever_is_ended_and_nothing_is_lost(make_cluster: Any, plain: Cluster) -> None:
+    """Over shm only P's word or its end makes D's blocks safe: past the deadline the launcher ends it, and D computes."""
+    chosen = options(*CHUNKED, transport="shm", restart=True, proxy_arguments=("--timeout-s", "3"))
+    cluster: Cluster = make_cluster("1P1D", **{f: getattr(chosen, f) for f in chosen.__struct_fields__})
+    warm = ask(cluster.url, {"prompt": token_prompt(500, 74_000), "max_tokens": 2})
+    assert record(cluster.url, warm)["outcome"] == "landed"
+    boot = cluster.instance("prefill-0").pid
+    cluster.instance("prefill-0").kill_group(signal.SIGSTOP)
+    body = {"prompt": token_prompt(800, 74_001), "max_tokens": 6, "ignore_eos": True}
+    answer = ask(cluster.url, body)
+    assert answer.outcome() == ask(plain.url, body).outcome()
+    assert record(cluster.url, answer)["outcome"] == "fell_back"
+    until(lambda: cluster.instance("prefill-0").pid != boot, 60, "the launcher to start another prefill instance")

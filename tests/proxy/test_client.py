@@ -114,14 +114,26 @@ def test_a_client_that_leaves_the_queue_never_reaches_an_instance() -> None:
         assert len(decode.received) == 1
 
 
+def test_those_who_wait_for_a_prefill_that_leaves_go_on_without_it() -> None:
+    with narrow(window=1) as (fleet, prefill, decode), contextlib.ExitStack() as stack:
+        for number in range(2):
+            stack.enter_context(fleet.in_background(fleet.complete))
+            until(lambda number=number: len(decode.received) + fleet.proxy.admission.queue_length > number, "it is in")  # type: ignore[misc]
+        fleet.beat(prefill, leaving=True)
+        until(lambda: len(decode.received) == 2, "the second has reached D")
+        prefill.behaviour.hold = decode.behaviour.hold = False
+
+
 def test_short_prompts_go_to_d_alone_where_a_threshold_is_set() -> None:
     with narrow(threshold=50) as (fleet, prefill, decode):
         prefill.behaviour.hold = decode.behaviour.hold = False
         answer = fleet.complete()
         assert prefill.received == []
         assert fleet.record(answer)["path"]["why"] == "short_prompt"
-        fleet.complete(prompt="word " * 50)
-        assert len(prefill.received) == 1
+        decode.behaviour.hold = True
+        with fleet.in_background(lambda: fleet.complete(prompt="word " * 50)):
+            until(lambda: prefill.received, "P has the long one")
+            decode.behaviour.hold = False
 
 
 def test_the_connectors_fields_are_refused_on_every_way_in(fleet: Fleet, pair: Pair) -> None:

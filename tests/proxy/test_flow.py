@@ -187,6 +187,16 @@ def test_a_decode_that_fails_before_its_first_byte_is_replaced(fleet: Fleet, pai
         assert (alone.prefill, alone.decode.name) == (None, "other")
 
 
+def test_another_decode_is_asked_once_and_then_a_prefill(fleet: Fleet, pair: Pair) -> None:
+    with FakeEngine(Role.DECODE, "other") as other:
+        fleet.join(other)
+        pair[1].behaviour.status = other.behaviour.status = 500
+        answer = fleet.complete(echo=True)
+        assert answer.json()["system_fingerprint"] == "prefill-0"
+        assert {r["instance"] for r in fleet.record(answer)["resumed"]} <= {"other", "decode-1", "prefill-0"}
+        assert (len(pair[1].received), len(other.received)) == (1, 1)
+
+
 def test_with_no_other_decode_a_prefill_serves_and_then_the_error_passes(fleet: Fleet, pair: Pair) -> None:
     prefill, decode = pair
     decode.behaviour.status = 500
