@@ -45,8 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(_USAGE)
         return 0 if given else 2
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    _listen_to_signals()
     try:
         if given[0] not in commands:
             near = difflib.get_close_matches(given[0], commands, n=1, cutoff=0.5)
@@ -148,6 +147,13 @@ def _words(text: str) -> tuple[str, ...]:
 
 def _did_you_mean(near: list[str], known: list[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+
+
+def _listen_to_signals() -> None:
+    """Also to Ctrl-C where a shell has started us with it ignored, as it does for `&`; SIGHUP unless under nohup."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

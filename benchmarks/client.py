@@ -49,6 +49,7 @@ def ask(url: str, body: dict[str, Any], clock: Clock) -> Streamed:
         for count in token_counts(iter(response.readline, b"")):
             arrivals.append(clock.monotonic_s() - begun_s)
             num_tokens += count
+        response.read()  # a client that leaves before the very end counts as gone
         return Streamed(response.headers.get("x-request-id", ""), tuple(arrivals), num_tokens)
     except (OSError, http.client.HTTPException) as error:
         raise BatonError(f"the request to {url} failed: {type(error).__name__} {error}") from error

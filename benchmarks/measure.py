@@ -16,7 +16,6 @@ from benchmarks.results import Copy, Sample, handover_of, problem_of
 from benchmarks.systems import MAX_TOKENS, MODEL_NAME, System
 from core.clock import Clock
 
-WARM_UPS = 2
 FIRST_TOKEN_ID = 16
 """Below are the special tokens."""
 
@@ -32,8 +31,11 @@ class Plan(msgspec.Struct, frozen=True):
 
     def weight(self) -> float:
         """Of everything, warming up included, in prompt tokens."""
-        warm_up = WARM_UPS * max(self.prompts)
-        return len(self.systems) * float(warm_up + self.repeats * sum(self.prompts))
+        return len(self.systems) * float(sum(self.warm_ups()) + self.repeats * sum(self.prompts))
+
+    def warm_ups(self) -> tuple[int, int]:
+        """Prompt lengths that each system computes before it is measured."""
+        return max(self.prompts), min(self.prompts)
 
 
 class Yard(msgspec.Struct, frozen=True):
@@ -64,10 +66,10 @@ class Measurement:
         self.copies: list[Copy] = []
 
     def warm_up(self) -> None:
-        """Maps memories, connects peers, touches every path: the longest prompt, twice for each system."""
+        """Maps memories, connects peers, touches every path."""
         for system in self._plan.systems:
-            for _ in range(WARM_UPS):
-                self._sample(system, max(self._plan.prompts), -1)
+            for tokens in self._plan.warm_ups():
+                self._sample(system, tokens, -1)
 
     def measure(self, yard: Yard | None) -> None:
         """Each prompt length and repeat: the yardstick, then every system, beginning with another one each time."""

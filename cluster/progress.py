@@ -14,7 +14,7 @@ class Progress:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._refreshed = stream.isatty()
-        self._text = ""
+        self._text = self._line = ""
         self._start_s = self._printed_s = time.monotonic()
 
     def waiting(self, text: str) -> None:
@@ -23,8 +23,11 @@ class Progress:
         if text != self._text:
             self._text, self._printed_s = text, 0.0
         if self._refreshed:
-            self._stream.write(f"\r\033[K  {text} ... {now - self._start_s:.0f} s")
-            self._stream.flush()
+            line = f"  {text} ... {now - self._start_s:.0f} s"
+            if line != self._line:
+                self._line = line
+                self._stream.write(f"\r\033[K{line}")
+                self._stream.flush()
         elif now - self._printed_s >= _REPEAT_S:
             self._printed_s = now
             print(f"  {text} ... {now - self._start_s:.0f} s", file=self._stream, flush=True)
@@ -33,7 +36,7 @@ class Progress:
         if self._refreshed:
             self._stream.write("\r\033[K")
         print(f"  {text}", file=self._stream, flush=True)
-        self._text = ""
+        self._text = self._line = ""
 
     def done(self, text: str) -> None:
         """A note with the seconds since the start."""

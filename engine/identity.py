@@ -9,6 +9,8 @@ from typing import Any
 
 SAMPLES = 16
 SAMPLE_BYTES = 64 << 10
+_SAYS_NOTHING = ("_name_or_path", "transformers_version")
+"""Where a model was found and who wrote its configuration down: the same weights may lie in two places."""
 
 
 def model_identity(config: dict[str, Any], model: str, revision: str | None, extra: dict[str, str]) -> str:
@@ -18,7 +20,8 @@ def model_identity(config: dict[str, Any], model: str, revision: str | None, ext
     weights, quantisation). Weights in a local folder count by name, size, head and samples of 64 KiB from 16 places of
     every file; a model from a hub counts by name and revision.
     """
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    told = {key: value for key, value in config.items() if key not in _SAYS_NOTHING}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
     digest.update(json.dumps(extra, sort_keys=True).encode())
     folder = Path(model)
     if folder.is_dir():

@@ -1,0 +1,75 @@
+"""The README is true: its tree is the tree, its table is made from the tests, its scripts exist."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+
+import pytest
+
+from tests.readme import ROOT, commands, replace_section, section
+
+SUPPORTED: list[tuple[str, str, str]] = [
+    ("Any xPyD, several of each role", "yes", "engine/test_clients.py::test_two_of_each_serve_and_each_serves"),
+    ("`0PyD`: plain vLLM behind the proxy", "yes", "engine/test_exact.py::test_cold_caches_one_at_a_time"),
+    ("Chat and completions, streamed and not", "yes", "engine/test_exact.py::test_cold_caches_one_at_a_time"),
+    ("Shared memory (`shm`) and TCP (`zmq`)", "yes", "engine/test_exact.py::test_cold_caches_one_at_a_time"),
+    ("Chunked prefill, prefix caching", "yes", "engine/test_exact.py::test_one_side_warm"),
+    (
+        "float32 exact, bfloat16 within bounds",
+        "yes",
+        "engine/test_bfloat16.py::test_answers_part_rarely_and_only_at_near_ties",
+    ),
+    ("Seeds, stop, logprobs, structured output, usage", "yes", "engine/test_features.py::test_equal_to_plain_vllm"),
+    ("`n` > 1, several prompts, echo", "decode instance alone", "proxy/test_split.py"),
+    ("A prefill instance dies at any moment", "yes", "engine/test_recovers.py::test_the_prefill_instance_dies"),
+    ("A byte flips in transit", "yes", "engine/test_recovers.py::test_a_byte_is_flipped_in_transit"),
+    ("A peer hangs", "yes", "engine/test_overload.py::test_a_stopped_prefill_instance_with_64_prompts_waiting"),
+    ("Instances join by hand or from another host", "yes", "engine/test_join.py::test_the_readmes_lines_by_hand"),
+    ("Official `openai` client, `vllm bench serve`", "yes", "engine/test_clients.py::test_the_official_client"),
+    ("Tensor, pipeline, data parallel above 1", "refused by name", "cluster/test_preflight.py"),
+    ("Speculative decoding, quantised KV cache", "refused by name", "cluster/test_preflight.py"),
+    ("Sliding-window, Mamba and hybrid models", "refused by name", "cluster/test_preflight.py"),
+    ("Hand-off between GPUs", "refused by name", "cluster/test_preflight.py"),
+    ("An answer cut off by its decode instance's death", "ends with an error event", "proxy/test_flow.py"),
+]
+
+
+def test_the_support_table_is_made_from_tests_that_exist() -> None:
+    rows = ["| what | supported | test |", "| --- | --- | --- |"]
+    for what, answer, node in SUPPORTED:
+        file, _, function = node.partition("::")
+        path = ROOT / "tests" / file
+        assert path.exists(), f"{what}: {node} does not exist"
+        names = [n.name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+        assert not function or function in names, f"{what}: {node} does not exist"
+        rows.append(f"| {what} | {answer} | `tests/{node}` |")
+    table = "\n".join(rows) + "\n"
+    if os.environ.get("BATON_DRAW"):
+        replace_section("support", table)
+    assert section("support") == table, "BATON_DRAW=1 renews it"
+
+
+def test_the_tree_is_the_tree() -> None:
+    told = set(re.findall(r"^(\S+)", section("tree").replace("```", ""), re.M))
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    if not listed:
+        pytest.skip("not a git checkout: cannot tell which folders are ours")
+    folders = {path.split("/")[0] + "/" for path in listed if "/" in path and not path.startswith(".")}
+    assert told == folders | {"baton.py"}
+
+
+def test_every_script_that_the_readme_names_exists_and_runs() -> None:
+    named = set(re.findall(r"scripts/[a-z_]+", (ROOT / "README.md").read_text()))
+    assert named >= {"scripts/demo", "scripts/test", "scripts/launch"}
+    for name in named:
+        assert os.access(ROOT / name, os.X_OK), f"{name} cannot be run"
+
+
+def test_every_command_of_the_readme_is_run_by_some_test() -> None:
+    """curl: test_clients; launch, demo: tests/cluster; instance, vllm serve: test_join."""
+    known = ("scripts/launch ", "curl ", "baton instance ", "vllm serve ")
+    for command in commands():
+        assert command.startswith(known), f"no test runs {command!r}"
