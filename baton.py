@@ -19,6 +19,7 @@ from typing import NoReturn
 from core.errors import BatonError, ConfigError
 
 _PASSED = ("--prefill-args", "--decode-args")
+_CLEAR = "\r\033[K"
 _BENCHMARKS = ("handoff",)
 
 
@@ -53,9 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return commands[given[0]](given[1:])
     except BatonError as error:
         with suppress(BrokenPipeError):
-            print(f"baton: {error}", file=sys.stderr)
+            print(f"{_CLEAR if sys.stderr.isatty() else ''}baton: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except (KeyboardInterrupt, BrokenPipeError):
+        print(_CLEAR if sys.stderr.isatty() else "", end="", file=sys.stderr)
         return 130
 
 

@@ -10,9 +10,11 @@ With a plain start the instances hang on the launcher itself. Sockets, logs and 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -32,6 +34,7 @@ from engine.build import installed_build
 from engine.instance import InstanceSpec, cache_folder, source_path
 
 _POLL_S = 0.05
+_RESTART_TIMEOUT_S = 60.0
 
 
 class Cluster:
@@ -119,6 +122,17 @@ class Cluster:
         """Until the proxy can use every instance. Raises BatonError at the time limit, or if one died unsupervised."""
         self._wait(self._not_ready, timeout_s or self._options.start_timeout_s)
 
+    def restart(self, name: str) -> None:
+        """Kills one instance with all its processes; returns when it is ready again."""
+        member, supervised = self.instance(name), self._parts.supervisor is not None
+        pid = member.pid
+        member.kill_group()
+        if not supervised:
+            member.after_death()
+            member.start()
+        self._wait(lambda: name if member.pid == pid else "", _RESTART_TIMEOUT_S)
+        self.wait_ready()
+
     def stop(self) -> None:
         """Ends everything that was started; returns when no process of it lives. May be called again."""
         members = self.members
@@ -172,10 +186,10 @@ class Cluster:
         return InstanceMember(spec, log, lambda: zygote.fork(arguments, variables, log))
 
     def _not_ready(self) -> str:
-        """The names of instances that the proxy cannot use yet."""
+        """The names of instances that the proxy cannot use yet, in their newest start."""
         status, body = get(f"{self._address.local_url}/instances")
-        ready = _ready_names(body) if status == 200 else set()
-        return ", ".join(member.name for member in self.instances if member.name not in ready)
+        ready = _ready_groups(body) if status == 200 else {}
+        return ", ".join(member.name for member in self.instances if ready.get(member.name) != member.pid)
 
     def _silent(self) -> set[str]:
         """Names of instances that another one waits for in vain."""
@@ -230,7 +244,11 @@ def silent_names(body: bytes) -> set[str]:
     return {entry["name"] for entry in entries if entry["boot_id"] in silent}
 
 
-def _ready_names(body: bytes) -> set[str]:
-    listing = msgspec.json.decode(body)
-    entries = listing["instances"] if isinstance(listing, dict) else listing
-    return {entry["name"] for entry in entries if entry.get("state") == "ready"}
+def _ready_groups(body: bytes) -> dict[str, int]:
+    """The process group of every instance that the proxy calls ready, by name."""
+    ready = {}
+    for entry in msgspec.json.decode(body)["instances"]:
+        if entry["state"] == "ready":
+            with suppress(ProcessLookupError):
+                ready[entry["name"]] = os.getpgid(entry["pid"])
+    return ready

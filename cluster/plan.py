@@ -12,7 +12,7 @@ from core.handoff import Role
 from core.topology import Topology
 from engine.build import Build, Device
 from engine.instance import ENV_VLLM_CORES, InstanceSpec
-from engine.preflight import check_arguments, check_memory, check_model
+from engine.preflight import check_arguments, check_device, check_memory, check_model
 
 
 def instances(topology: Topology, options: ClusterOptions, proxy_url: str, build: Build) -> list[InstanceSpec]:
@@ -46,6 +46,7 @@ def check(specs: list[InstanceSpec], build: Build) -> None:
     """Everything that can be known before a start."""
     for spec in specs:
         spec.serve_arguments(build.device)
+        check_device(build.device, plain=spec.plain)
         check_arguments(spec.arguments, plain=spec.plain)
         check_model(spec.model.path, plain=spec.plain)
     if build.device is Device.CPU:

@@ -11,6 +11,7 @@ from cluster.members import Member
 from core.errors import BatonError
 
 POLL_S = 0.2
+STOP_TIMEOUT_S = 2.0
 SILENT_POLL_S = 1.0
 
 
@@ -57,10 +58,10 @@ class Supervisor:
         self._thread.start()
 
     def stop(self) -> None:
-        """No more starts from now on; waits for one that is under way."""
+        """No more starts from now on; what one that is under way brings forth is killed again."""
         self._stopping.set()
-        with self._starting:
-            pass
+        if self._starting.acquire(timeout=STOP_TIMEOUT_S):
+            self._starting.release()
 
     def release(self) -> None:
         """Ends the thread, and by the kernel's hand whatever it started: for after everything was stopped."""
@@ -108,3 +109,5 @@ class Supervisor:
         except (BatonError, OSError) as error:
             self.given_up.add(member.name)
             self._say(f"{member.name} could not be started again: {error}")
+        if self._stopping.is_set():
+            member.after_death()

@@ -4,7 +4,6 @@
     ├── ConfigError          what the user asked for cannot be started; the message names cause and remedy
     │   └── UnsupportedError     a model, vLLM version or option that no test covers yet
     ├── ProtocolError        a peer or client sent something that does not parse or does not fit
-    │   └── LayoutMismatch       two instances whose KV caches may not be exchanged
     ├── TransferError        bytes could not be moved: peer gone, connection refused, memory unmapped
     └── Overloaded           a bound was reached; try again later
 
@@ -28,10 +27,6 @@ class UnsupportedError(ConfigError):
 
 class ProtocolError(BatonError):
     """A message does not parse, or says something impossible."""
-
-
-class LayoutMismatch(ProtocolError):
-    """Two KV layouts differ; the message carries both sides' values."""
 
 
 class TransferError(BatonError):

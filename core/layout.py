@@ -10,8 +10,6 @@ import hashlib
 
 import msgspec
 
-from core.errors import LayoutMismatch
-
 PROTOCOL_VERSION = 1
 """History. 1: Accept, Decline, Cancel, Cancelled, Refused, Failed, Landed."""
 
@@ -41,9 +39,7 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """32 hex digits over every field."""
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:32]
 
-    def check_same(self, other: KVLayout) -> None:
-        """Raises LayoutMismatch naming each field that differs with both values (ours, then theirs)."""
+    def differences(self, other: KVLayout) -> str:
+        """Each field that differs with both values, ours and then theirs; empty if blocks may be exchanged."""
         ours, theirs = msgspec.structs.asdict(self), msgspec.structs.asdict(other)
-        differing = [f"{k}: ours {ours[k]!r}, theirs {theirs[k]!r}" for k in ours if ours[k] != theirs[k]]
-        if differing:
-            raise LayoutMismatch("KV layouts differ; " + "; ".join(differing))
+        return "; ".join(f"{k}: ours {ours[k]!r}, theirs {theirs[k]!r}" for k in ours if ours[k] != theirs[k])

@@ -342,10 +342,7 @@ class Receiver:
     def _explain(self, refused: Refused) -> str:
         if refused.layout is None:
             return refused.why
-        ours, theirs = self._offer.layout, refused.layout
-        names = [n for n in ours.__struct_fields__ if getattr(ours, n) != getattr(theirs, n)]
-        values = (f"{n}: ours {getattr(ours, n)!r}, theirs {getattr(theirs, n)!r}" for n in names)
-        return f"{refused.why}: " + "; ".join(values)
+        return f"{refused.why}: {self._offer.layout.differences(refused.layout)}"
 
     def _revoke(self, incoming: Incoming, event: Event, why: str) -> None:
         """Give up while P may still write: ask it to stop, and let the worker watch the fence."""

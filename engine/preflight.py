@@ -15,6 +15,7 @@ from typing import Any
 
 from core.errors import ConfigError, UnsupportedError
 from engine.arguments import Arguments
+from engine.build import Device
 from engine.instance import InstanceSpec
 
 INSTANCE_OVERHEAD_BYTES = 600 << 20
@@ -37,6 +38,14 @@ _WINDOW_LAYERS = ("sliding_attention", "chunked_attention", "local_attention")
 _STATE_LAYERS = ("mamba", "linear_attention", "conv", "recurrent")
 _OPTIONAL_WINDOW = re.compile(r"qwen2|qwen3", re.IGNORECASE)
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def check_device(device: Device, *, plain: bool) -> None:
+    """Raises UnsupportedError for a hand-off on a device where it was never tested."""
+    if device is not Device.CPU and not plain:
+        raise UnsupportedError(
+            "handing KV caches over between GPUs is not supported yet; plain instances are: baton serve 0P1D"
+        )
 
 
 def check_arguments(arguments: Sequence[str], *, plain: bool) -> None:

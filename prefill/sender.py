@@ -341,6 +341,7 @@ class Sender:
         return free
 
     def _forget_request(self, out: Outgoing) -> None:
+        out.accept = None  # its block lists are the larger part of what is remembered
         if out.prompt is not None:
             self._by_request.pop(out.prompt.request_id, None)
 

@@ -21,6 +21,8 @@ _CONNECT_TIMEOUT_S = 5.0
 _SILENCE_TIMEOUT_S = 3600.0
 """An answer that is not streamed is silent while it is made, however long that takes; this only bounds the absurd."""
 _PROBE_TIMEOUT_S = 2.0
+_CLOSING_STEPS = 3
+"""Steps of the event loop that a connection of a leg just given up takes to close; no session waits for those."""
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -96,6 +98,8 @@ class Upstream:
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
+            for _ in range(_CLOSING_STEPS):
+                await asyncio.sleep(0)
 
 
 class Leg:

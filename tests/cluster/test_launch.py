@@ -21,7 +21,7 @@ from core.errors import BatonError
 from tests.conftest import MakeCluster
 from tests.poll import until
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 READY_TIMEOUT_S = 60.0
 
 

@@ -13,7 +13,7 @@ from core.errors import ConfigError, UnsupportedError
 from core.handoff import Role
 from engine import build
 from engine.instance import InstanceSpec, ServedModel
-from engine.preflight import check_arguments, check_memory, check_model, free_memory_bytes, parse_bytes
+from engine.preflight import check_arguments, check_device, check_memory, check_model, free_memory_bytes, parse_bytes
 
 LLAMA: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "sliding_window": None}
 
@@ -36,6 +36,13 @@ def test_arguments_that_no_test_covers_are_refused(arguments: list[str], named: 
     with pytest.raises(UnsupportedError, match=named):
         check_arguments(arguments, plain=False)
     check_arguments(arguments, plain=True)
+
+
+def test_a_hand_off_between_gpus_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="between GPUs is not supported yet"):
+        check_device(build.Device.GPU, plain=False)
+    check_device(build.Device.GPU, plain=True)
+    check_device(build.Device.CPU, plain=False)
 
 
 @pytest.mark.parametrize(

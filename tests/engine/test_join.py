@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,12 +43,12 @@ def running(command: list[str], log: Path, cores: str) -> Iterator[None]:
     try:
         yield
     finally:
-        signal_group(child.pid, 2)
+        signal_group(child.pid, signal.SIGINT)
         try:
             child.wait(20)
             until(lambda: not living_groups({child.pid}), 20, "the group to end")
         finally:
-            signal_group(child.pid, 9)
+            signal_group(child.pid, signal.SIGKILL)
             child.wait(20)
 
 

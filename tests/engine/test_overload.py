@@ -137,7 +137,7 @@ def test_two_instances_that_send_to_each_other_do_not_deadlock(make_cluster: Any
 
 
 def test_a_prefill_instance_that_hangs_for_ever_is_ended_and_nothing_is_lost(make_cluster: Any, plain: Cluster) -> None:
-    """Over shm only P's word or its end makes D's blocks safe: past the deadline the launcher ends it, and D computes."""
+    """Over shm only P's word or its end makes D's blocks safe: past the deadline the launcher ends it; D computes."""
     chosen = options(*CHUNKED, transport="shm", restart=True, proxy_arguments=("--timeout-s", "3"))
     cluster: Cluster = make_cluster("1P1D", **{f: getattr(chosen, f) for f in chosen.__struct_fields__})
     warm = ask(cluster.url, {"prompt": token_prompt(500, 74_000), "max_tokens": 2})

@@ -87,7 +87,7 @@ class FakeEngine:
     def stop(self) -> None:
         """Closes the port and cuts every connection."""
         if self._thread.is_alive():
-            self._call(self._runner.cleanup())
+            self._call(self._close())
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(_START_TIMEOUT_S)
             self._loop.close()
@@ -117,6 +117,11 @@ class FakeEngine:
         site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
         await site.start()
         self.port = self._runner.addresses[0][1]
+
+    async def _close(self) -> None:
+        await self._runner.cleanup()
+        for _ in range(3):  # connections cut a moment ago close in the next steps
+            await asyncio.sleep(0)
 
     async def _health(self, _request: web.Request) -> web.Response:
         return web.Response(status=200 if self.behaviour.healthy else 503)

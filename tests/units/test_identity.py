@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import LayoutMismatch
 from core.layout import KVLayout
 from engine.identity import model_identity
 
@@ -52,9 +51,9 @@ LAYOUT = KVLayout("m", "bfloat16", 24, 2, 64, 128, 65536, "LBHNC", "vec")
     ("field", "value"),
     [("model", "n"), ("dtype", "float32"), ("block_size", 64), ("order", "NHD"), ("isa", "amx"), ("protocol", 2)],
 )
-def test_layouts_that_differ_in_any_field_are_refused_with_both_values(field: str, value: object) -> None:
+def test_layouts_that_differ_in_any_field_are_told_apart_with_both_values(field: str, value: object) -> None:
     fields = {name: getattr(LAYOUT, name) for name in LAYOUT.__struct_fields__}
     other = KVLayout(**(fields | {field: value}))
     assert other.fingerprint() != LAYOUT.fingerprint()
-    with pytest.raises(LayoutMismatch, match=f"{field}: ours {fields[field]!r}, theirs {value!r}"):
-        LAYOUT.check_same(other)
+    assert LAYOUT.differences(other) == f"{field}: ours {fields[field]!r}, theirs {value!r}"
+    assert LAYOUT.differences(LAYOUT) == ""
