@@ -9,35 +9,41 @@ import datetime
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager
 
 import msgspec
 
 from benchmarks import cores, table
 from benchmarks.bar import Bar
-from benchmarks.machine import Machine, this_machine
+from benchmarks.machine import Machine, has_fast_bfloat16, read_cpuinfo, this_machine
 from benchmarks.measure import Measurement, Plan, Yard
 from benchmarks.memcpy import CacheShape, Yardstick
 from benchmarks.options import HandoffOptions, parse
 from benchmarks.report import file_name, markdown, problem_lines
 from benchmarks.results import Run
 from benchmarks.summary import findings_of, rows_of
-from benchmarks.systems import Recipe, cores_of, running
+from benchmarks.systems import cores_of, running
 from cluster.bundled import BUNDLED_FOLDER
 from cluster.launcher import Cluster
 from cluster.members import get
 from cluster.progress import Progress
+from cluster.zygote import Zygote
 from core.clock import Clock, SystemClock
 from core.errors import BatonError
 
 DEFAULT_BLOCK_SIZE = 128
 
 
-def run(argv: list[str]) -> int:
-    """0 when it was measured, whatever the figures say; 1 when a sample was not what it claims to be."""
+def run(argv: list[str], zygote: Zygote | None = None) -> int:
+    """0 when it was measured, whatever the figures say; 1 when a sample was not what it claims to be.
+
+    zygote: a preloaded process to share; it is left running.
+    """
+    options = parse(argv, has_fast_bfloat16(read_cpuinfo()))
     machine = this_machine()
-    options = parse(argv, machine.has_fast_bfloat16)
-    result = _measured(options, argv, machine, SystemClock())
+    started = running(options.systems, options.recipe, Progress(sys.stderr), zygote)
+    result = _measured(options, shlex.join(["baton", "bench", "handoff", *argv]), machine, started)
     _print(result)
     if options.out is not None:
         options.out.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
@@ -49,11 +55,13 @@ def run(argv: list[str]) -> int:
     return 1 if any(sample.problem for sample in result.samples) else 0
 
 
-def _measured(options: HandoffOptions, argv: list[str], machine: Machine, clock: Clock) -> Run:
+def _measured(
+    options: HandoffOptions, command: str, machine: Machine, started: AbstractContextManager[dict[str, Cluster]]
+) -> Run:
     """Everything that it starts is stopped again, whatever ends it."""
+    clock = SystemClock()
     date = datetime.datetime.fromtimestamp(clock.unix_s(), datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    with running(options.systems, options.recipe, Progress(sys.stderr)) as clusters:
-        used_cores = cores_of(clusters)
+    with started as clusters:
         urls = {name: cluster.url for name, cluster in clusters.items()}
         plan = Plan(options.systems, urls, options.prompts, options.repeats, _vocabulary())
         block_size = _block_size(urls)
@@ -61,32 +69,38 @@ def _measured(options: HandoffOptions, argv: list[str], machine: Machine, clock:
         measurement = Measurement(plan, clock, bar)
         try:
             measurement.warm_up()
-            handed_over = any(system.transport for system in options.systems)
-            measurement.measure(_yard(options.recipe, machine, block_size, clock) if handed_over else None)
+            with _yard(options, machine, block_size, clock) as yard:
+                measurement.measure(yard)
         except BatonError as error:
             raise BatonError(f"{error}\n{_last_words(clusters)}".rstrip()) from error
         finally:
             bar.close()
-    command = shlex.join(["baton", "bench", "handoff", *argv])
+        used_cores = cores_of(clusters)
     samples, copies = tuple(measurement.samples), tuple(measurement.copies)
     return Run(command, date, machine, options.recipe, used_cores, block_size, samples, copies)
 
 
-def _yard(recipe: Recipe, machine: Machine, block_size: int, clock: Clock) -> Yard:
-    """Memories like the KV caches."""
+@contextmanager
+def _yard(options: HandoffOptions, machine: Machine, block_size: int, clock: Clock) -> Iterator[Yard | None]:
+    """Memories like the KV caches; none where nothing is handed over."""
+    if not any(system.transport for system in options.systems):
+        yield None
+        return
+    recipe = options.recipe
     num_layers = recipe.shape.num_layers
     block_bytes = recipe.token_bytes // num_layers * block_size
     shape = CacheShape(num_layers, block_bytes, recipe.kv_cache_bytes // (num_layers * block_bytes))
     core, _ = cores.pair()
-    return Yard(Yardstick(shape, clock, machine.cache_bytes), core, block_size, recipe.max_num_batched_tokens)
+    with closing(Yardstick(shape, clock, machine.cache_bytes)) as yardstick:
+        yield Yard(yardstick, core, block_size, recipe.max_num_batched_tokens)
 
 
 def _print(result: Run) -> None:
     rows = rows_of(result)
     print()
     print(table.text_table(rows))
-    lines = [*table.memcpy_lines(result), *table.window_lines(rows), *table.setting_lines(result)]
-    lines += problem_lines(result)
+    lines = [*table.memcpy_lines(result), *table.window_lines(rows), *table.tail_lines(rows)]
+    lines += [*table.setting_lines(result), *problem_lines(result)]
     lines += [f"note: {text}" for text in result.machine.warnings()]
     print("\n" + "\n".join(lines))
     findings = table.finding_lines(findings_of(rows))

@@ -15,7 +15,7 @@ from engine.build import installed_build
 QUIET_LOAD = 0.3
 """Above this one-minute load average before a run, somebody else computes."""
 
-_EMPTY_WORDS = ("cpu", "processor", "core", "r", "tm")
+_EMPTY_WORDS = ("cpu", "processor")
 
 
 class Machine(msgspec.Struct, frozen=True):
@@ -30,13 +30,13 @@ class Machine(msgspec.Struct, frozen=True):
     torch: str
     vllm: str
     baton: str
-    has_fast_bfloat16: bool
     load: float
 
     @property
     def hardware(self) -> str:
         """For a file's name."""
-        words = re.findall(r"[a-z0-9]+", self.cpu.partition("(")[0].partition("@")[0].lower())
+        name = re.sub(r"\d+-core|\(.*?\)|@.*", "", self.cpu.lower())
+        words = re.findall(r"[a-z0-9]+", name)
         return f"{'-'.join(word for word in words if word not in _EMPTY_WORDS)}-{self.num_cores}-cores"
 
     def warnings(self) -> list[str]:
@@ -48,7 +48,7 @@ class Machine(msgspec.Struct, frozen=True):
 
 def this_machine() -> Machine:
     """Read from /proc, /sys and the installed packages."""
-    cpuinfo = Path("/proc/cpuinfo").read_text()
+    cpuinfo = read_cpuinfo()
     return Machine(
         cpu=cpu_model(cpuinfo),
         num_cores=len(os.sched_getaffinity(0)),
@@ -59,9 +59,13 @@ def this_machine() -> Machine:
         torch=_version("torch"),
         vllm=installed_build().version,
         baton=_version("baton-serve"),
-        has_fast_bfloat16=has_fast_bfloat16(cpuinfo),
         load=os.getloadavg()[0],
     )
+
+
+def read_cpuinfo() -> str:
+    """What the kernel says about the processors."""
+    return Path("/proc/cpuinfo").read_text()
 
 
 def cpu_model(cpuinfo: str) -> str:

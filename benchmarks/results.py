@@ -18,10 +18,13 @@ class Handover(msgspec.Struct, frozen=True):
         four cache lines of each block, over zmq every byte). Over shm this is the copy itself; over zmq the bytes
         move later, on another thread.
     moving_to_landed_ms: from the first write, with the computation in between.
-    last_layer_to_landed_ms: from the call behind P's last layer of the last chunk, before its write, until D's worker
-        has checked everything; None where the record does not tell it. P's scheduler sends Landed after the step, so
-        the rest of the forward pass (o_proj and MLP of the last layer, head, sampling) lies in between.
-    check_ms: of these, D's worker counting and comparing digests.
+    last_layer_to_landed_ms: from the call behind the last layer's attention on P, in the last chunk and before that
+        layer's write, until D's worker has checked everything; None where the record does not tell it. While P's
+        scheduler sends Landed after the step, the rest of the forward pass (o_proj and MLP of the last layer, head,
+        sampling) lies in between.
+    computed_to_landed_ms, sent_to_landed_ms: the last parts of it, from the end of P's forward pass and from Landed
+        leaving P; None where the record does not tell them.
+    check_ms: the very last part, D's worker counting and comparing digests.
     """
 
     tokens: int
@@ -32,6 +35,8 @@ class Handover(msgspec.Struct, frozen=True):
     moving_to_landed_ms: float
     last_layer_to_landed_ms: float | None
     check_ms: float
+    computed_to_landed_ms: float | None = None
+    sent_to_landed_ms: float | None = None
 
 
 class Sample(msgspec.Struct, frozen=True):
@@ -74,7 +79,11 @@ def handover_of(record: dict[str, Any]) -> Handover | None:
     tokens = record.get("tokens", {}).get("handed_over") or 0
     if not (prefill and decode and tokens and "landed" in moments):
         return None
-    last_layer = moments.get("last_layer")
+    at_prefill = prefill.get("moments_ms", {})
+
+    def to_landed(at_ms: float | None) -> float | None:
+        return None if at_ms is None else moments["landed"] - at_ms
+
     return Handover(
         tokens=tokens,
         num_bytes=record["bytes"],
@@ -82,8 +91,10 @@ def handover_of(record: dict[str, Any]) -> Handover | None:
         write_ms=prefill.get("write_s", 0.0) * 1e3,
         accepted_ms=moments.get("accepted", 0.0),
         moving_to_landed_ms=moments["landed"] - moments.get("moving", 0.0),
-        last_layer_to_landed_ms=None if last_layer is None else moments["landed"] - last_layer,
+        last_layer_to_landed_ms=to_landed(moments.get("last_layer", at_prefill.get("last_layer"))),
         check_ms=decode.get("check_s", 0.0) * 1e3,
+        computed_to_landed_ms=to_landed(moments.get("computed", at_prefill.get("computed"))),
+        sent_to_landed_ms=to_landed(at_prefill.get("landed")),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
@@ -12,6 +12,8 @@ from benchmarks.results import Copy, Handover, Run, Sample
 SHARE_OF_MEMCPY = 0.8
 TAIL_MS = 3.0
 STEPS_OVER_PLAIN = 1.0
+
+_LAST_PARTS = ("computed_to_landed_ms", "sent_to_landed_ms")
 
 
 class Yard(msgspec.Struct, frozen=True):
@@ -28,6 +30,7 @@ class Row(msgspec.Struct, frozen=True):
 
     gb_per_s: while the prefill worker was inside its writes; share: of the cold memcpy, share_warm: of the warm one.
     window_gb_per_s: from the first write to Landed, with the computation in between.
+    tail_ms: from P's last layer to Landed; computed_tail_ms, sent_tail_ms, check_ms: its last parts (see Handover).
     """
 
     system: str
@@ -46,6 +49,8 @@ class Row(msgspec.Struct, frozen=True):
     window_gb_per_s: float | None = None
     tail_ms: float | None = None
     tail_p90_ms: float | None = None
+    computed_tail_ms: float | None = None
+    sent_tail_ms: float | None = None
     check_ms: float | None = None
 
     @property
@@ -109,8 +114,7 @@ def findings_of(rows: Sequence[Row]) -> list[Finding]:
     ]
 
 
-def _finding(text: str, values: Sequence[tuple[int, float]], is_met: object) -> Finding:
-    assert callable(is_met)
+def _finding(text: str, values: Sequence[tuple[int, float]], is_met: Callable[[float], bool]) -> Finding:
     if not values:
         return Finding(f"{text}: not measured", None)
     shown = ", ".join(f"{value:.2f} at {tokens}" for tokens, value in values)
@@ -140,12 +144,15 @@ def _with_handovers(row: Row, handovers: Sequence[Handover], yard: Yard | None) 
     num_bytes = handovers[0].num_bytes
     window_ms = statistics.median(each.moving_to_landed_ms for each in handovers)
     tails = [each.last_layer_to_landed_ms for each in handovers if each.last_layer_to_landed_ms is not None]
+    computed, sent = ([getattr(each, name) for each in handovers] for name in _LAST_PARTS)
     row = msgspec.structs.replace(
         row,
         num_bytes=num_bytes,
         window_gb_per_s=num_bytes / window_ms / 1e6,
-        tail_ms=statistics.median(tails) if tails else None,
+        tail_ms=_median(tails),
         tail_p90_ms=percentile(tails, 0.9) if tails else None,
+        computed_tail_ms=_median(computed),
+        sent_tail_ms=_median(sent),
         check_ms=statistics.median(each.check_ms for each in handovers),
     )
     write_ms = statistics.median(each.write_ms for each in handovers)
@@ -154,6 +161,11 @@ def _with_handovers(row: Row, handovers: Sequence[Handover], yard: Yard | None) 
     rate = num_bytes / write_ms / 1e6
     row = msgspec.structs.replace(row, gb_per_s=rate)
     return msgspec.structs.replace(row, share=rate / yard.cold, share_warm=rate / yard.warm) if yard else row
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def _step_ms(samples: Sequence[Sample]) -> float:

@@ -81,8 +81,10 @@ class Recipe(msgspec.Struct, frozen=True):
 
 
 @contextmanager
-def running(systems: tuple[System, ...], recipe: Recipe, progress: Progress) -> Iterator[dict[str, Cluster]]:
-    """Started systems by name. Everything is stopped at the end, whatever ends it."""
+def running(
+    systems: tuple[System, ...], recipe: Recipe, progress: Progress, zygote: Zygote | None = None
+) -> Iterator[dict[str, Cluster]]:
+    """Started systems by name. Everything is stopped at the end, whatever ends it; a given zygote is left running."""
     if installed_build().device is not Device.CPU:
         raise UnsupportedError("baton bench handoff measures CPU instances: hand-off on a GPU is not supported yet")
     stack = ExitStack()
@@ -91,7 +93,7 @@ def running(systems: tuple[System, ...], recipe: Recipe, progress: Progress) -> 
         stack.callback(folder.remove)
         path = write_model(recipe.shape, folder.subfolder("model"), BUNDLED_FOLDER)
         options = recipe.options(ServedModel(str(path), MODEL_NAME, recipe.kv_cache_bytes))
-        zygote = _zygote(folder, stack, progress)
+        zygote = zygote or _zygote(folder, stack, progress)
         clusters = {}
         for system in systems:
             clusters[system.name] = cluster = _planned(system, options, zygote, progress)

@@ -84,6 +84,18 @@ def memcpy_lines(run: Run) -> list[str]:
     return lines
 
 
+def tail_lines(rows: Sequence[Row]) -> list[str]:
+    """What the time after the last layer consists of, as far as the records tell it."""
+    lines = []
+    for row in rows:
+        parts = [("the end of the forward pass", row.computed_tail_ms), ("Landed leaving P", row.sent_tail_ms)]
+        told = [f"{_shown(value, 1)} ms from {name}" for name, value in parts if value is not None]
+        if row.check_ms is not None:
+            told.append(f"{_shown(row.check_ms, 2)} ms of D's check")
+            lines.append(f"{row.system}, {row.prompt_tokens} tokens, last parts before Landed: {', '.join(told)}")
+    return lines
+
+
 def window_lines(rows: Sequence[Row]) -> list[str]:
     """What the writes column cannot say of a transport that sends in the background."""
     return [

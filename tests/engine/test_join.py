@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -32,7 +33,7 @@ FLOAT32 = "--dtype float32 --max-model-len 4096"
 
 
 @contextmanager
-def running(command: list[str], log: Path, cores: str) -> Iterator[None]:
+def running(command: list[str], log: Path, cores: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process group of its own, ended as Ctrl-C would, then by force."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment |= {"VLLM_CPU_OMP_THREADS_BIND": cores, "PYTHONPATH": str(ROOT), "TMPDIR": str(log.parent)}
@@ -41,7 +42,7 @@ def running(command: list[str], log: Path, cores: str) -> Iterator[None]:
             command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
     try:
-        yield
+        yield child
     finally:
         signal_group(child.pid, signal.SIGINT)
         try:
@@ -64,7 +65,7 @@ def test_the_readmes_lines_by_hand(plain: Cluster, tmp_path: Path) -> None:
     with (
         running(proxy, tmp_path / "proxy.log", ""),
         running(serve, tmp_path / "serve.log", str(cores[0])),
-        running(join, tmp_path / "join.log", str(cores[-1])),
+        running(join, tmp_path / "join.log", str(cores[-1])) as joined,
     ):
         until(lambda: _num_ready(url) == 2, 240, f"both to be ready; logs in {tmp_path}")
         request = {"prompt": token_prompt(900, 95_000), "max_tokens": 8, "ignore_eos": True}
@@ -74,11 +75,19 @@ def test_the_readmes_lines_by_hand(plain: Cluster, tmp_path: Path) -> None:
         assert entry["path"]["prefill"] == "by-hand"
         assert entry["path"]["transport"] == "zmq"
         assert answer.outcome() == ask(plain.url, request).outcome()
+        joined.send_signal(signal.SIGTERM)
+        assert joined.wait(20) == 130
+        assert not living_groups({joined.pid})
+        assert [each["state"] for each in _listing(url) if each["role"] == "decode"] == ["leaving"]
+
+
+def _listing(url: str) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = requests.get(f"{url}/instances", timeout=5).json()["instances"]
+    return entries
 
 
 def _num_ready(url: str) -> int:
     try:
-        listing = requests.get(f"{url}/instances", timeout=5).json()["instances"]
+        return sum(each["state"] == "ready" for each in _listing(url))
     except requests.ConnectionError:
         return 0
-    return sum(each["state"] == "ready" for each in listing)
