@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 import msgspec
@@ -26,8 +27,7 @@ from engine.build import Device, installed_build
 from engine.instance import ServedModel
 
 MODEL_NAME = "bench"
-KV_CACHE_BYTES = {"bfloat16": 512 << 20, "float32": 1 << 30}
-"""The same number of tokens for both."""
+KV_CACHE_BYTES = 512 << 20
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
 MAX_MODEL_LEN = 4608
 MAX_NUM_BATCHED_TOKENS = 2048
@@ -61,10 +61,7 @@ class Recipe(msgspec.Struct, frozen=True):
     shape: Shape
     dtype: str
     max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS
-
-    @property
-    def kv_cache_bytes(self) -> int:
-        return KV_CACHE_BYTES[self.dtype]
+    kv_cache_bytes: int = KV_CACHE_BYTES
 
     @property
     def token_bytes(self) -> int:
@@ -94,10 +91,10 @@ def running(
         path = write_model(recipe.shape, folder.subfolder("model"), BUNDLED_FOLDER)
         options = recipe.options(ServedModel(str(path), MODEL_NAME, recipe.kv_cache_bytes))
         zygote = zygote or _zygote(folder, stack, progress)
-        clusters = {}
+        clusters: dict[str, Cluster] = {}
+        stack.callback(_stop, clusters)
         for system in systems:
             clusters[system.name] = cluster = _planned(system, options, zygote, progress)
-            stack.callback(cluster.stop)
             cluster.start()
             progress.done(f"{system.name} ({system.topology}) is ready")
         yield clusters
@@ -121,6 +118,13 @@ def _planned(system: System, options: ClusterOptions, zygote: Zygote | None, pro
     prefill, decode = cores.pair()
     with cores.only({prefill, decode} if system.transport else {prefill}):
         return Cluster(system.topology, replaced, progress, zygote)
+
+
+def _stop(clusters: Mapping[str, Cluster]) -> None:
+    """All at once: each takes seconds to leave."""
+    with ThreadPoolExecutor(max(len(clusters), 1)) as pool:
+        for stopping in [pool.submit(cluster.stop) for cluster in clusters.values()]:
+            stopping.result()
 
 
 def _zygote(folder: RunFolder, stack: ExitStack, progress: Progress) -> Zygote | None:

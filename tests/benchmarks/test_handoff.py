@@ -18,6 +18,7 @@ PROMPT_TOKENS = 200
 
 
 @pytest.mark.engine
+@pytest.mark.timeout(300)
 def test_a_quick_run_hands_over_all_tokens_but_one_and_writes_both_files(
     zygote: Zygote | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

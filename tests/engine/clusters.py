@@ -16,3 +16,8 @@ def options(*arguments: str, **more: Any) -> ClusterOptions:
     both = FLOAT32 + arguments
     defaults: dict[str, Any] = {"arguments_prefill": both, "arguments_decode": both, "restart": False}
     return ClusterOptions(**(defaults | more))
+
+
+def as_fields(chosen: ClusterOptions) -> dict[str, Any]:
+    """Options as keyword arguments, for the `make_cluster` fixture."""
+    return {name: getattr(chosen, name) for name in chosen.__struct_fields__}

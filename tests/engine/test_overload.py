@@ -15,7 +15,7 @@ import requests
 from cluster.launcher import Cluster
 from core.handoff import Handoff, Peer
 from tests.engine.client import Answer, ask, record
-from tests.engine.clusters import CHUNKED, options
+from tests.engine.clusters import CHUNKED, as_fields, options
 from tests.engine.prompts import token_prompt
 from tests.poll import until
 
@@ -65,7 +65,7 @@ def preemptions(cluster: Cluster, name: str) -> float:
 def test_a_stopped_prefill_instance_with_64_prompts_waiting(make_cluster: Any) -> None:
     pool = (*CHUNKED, "--num-gpu-blocks-override", str(POOL_BLOCKS))
     chosen = options(*pool, transport="shm")
-    cluster: Cluster = make_cluster("1P1D", **{f: getattr(chosen, f) for f in chosen.__struct_fields__})
+    cluster: Cluster = make_cluster("1P1D", **as_fields(chosen))
     ask(cluster.url, {"prompt": token_prompt(300, 70_000), "max_tokens": 2})
     streams = [Stream(cluster.url, 70_100 + index, 450) for index in range(8)]
     until(lambda: all(len(stream.times) > 3 for stream in streams), 60, "8 streams to decode")
@@ -90,7 +90,7 @@ def test_a_stopped_prefill_instance_with_64_prompts_waiting(make_cluster: Any) -
 def test_one_of_two_stopped_decode_instances_does_not_hold_the_other_up(make_cluster: Any) -> None:
     """Over zmq: what waits for the stopped D neither blocks P's sender nor the other D's requests."""
     chosen = options(*CHUNKED, transport="zmq")
-    cluster: Cluster = make_cluster("1P2D", **{f: getattr(chosen, f) for f in chosen.__struct_fields__})
+    cluster: Cluster = make_cluster("1P2D", **as_fields(chosen))
     for index in range(4):
         ask(cluster.url, {"prompt": token_prompt(500, 72_000 + index), "max_tokens": 2})
     cluster.instance("decode-1").kill_group(signal.SIGSTOP)
@@ -113,7 +113,7 @@ def test_two_instances_that_send_to_each_other_do_not_deadlock(make_cluster: Any
     """Each is P for the other at the same time, with pools that hold only a few of the prompts."""
     pool = (*CHUNKED, "--num-gpu-blocks-override", "40")
     chosen = options(*pool, transport="shm")
-    cluster: Cluster = make_cluster("1P1D", **{f: getattr(chosen, f) for f in chosen.__struct_fields__})
+    cluster: Cluster = make_cluster("1P1D", **as_fields(chosen))
     listing = requests.get(f"{cluster.url}/instances", timeout=10).json()["instances"]
     peers = [Peer(each["name"], each["control"], each["boot_id"]) for each in listing]
     urls = [each["url"] for each in listing]
@@ -139,7 +139,7 @@ def test_two_instances_that_send_to_each_other_do_not_deadlock(make_cluster: Any
 def test_a_prefill_instance_that_hangs_for_ever_is_ended_and_nothing_is_lost(make_cluster: Any, plain: Cluster) -> None:
     """Over shm only P's word or its end makes D's blocks safe: past the deadline the launcher ends it; D computes."""
     chosen = options(*CHUNKED, transport="shm", restart=True, proxy_arguments=("--timeout-s", "3"))
-    cluster: Cluster = make_cluster("1P1D", **{f: getattr(chosen, f) for f in chosen.__struct_fields__})
+    cluster: Cluster = make_cluster("1P1D", **as_fields(chosen))
     warm = ask(cluster.url, {"prompt": token_prompt(500, 74_000), "max_tokens": 2})
     assert record(cluster.url, warm)["outcome"] == "landed"
     boot = cluster.instance("prefill-0").pid

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import requests
 
 from cluster.launcher import Cluster
 from tests.engine.client import ask, metric
-from tests.engine.clusters import CHUNKED
+from tests.engine.clusters import CHUNKED, as_fields, options
 from tests.engine.prompts import token_prompt
 from tests.poll import until
 
@@ -40,6 +42,7 @@ def test_all_blocks_come_back_after_cancellations(shared_cluster: Any, transport
     cluster: Cluster = shared_cluster("1P1D", *CHUNKED, transport=transport)
     ask(cluster.url, {"prompt": token_prompt(300, 50_000), "max_tokens": 2})
     start = until(lambda: _settled(cluster), 30, "both engines to be idle")
+    open_before = held_by(cluster)
     dice = random.Random(1)
 
     def one(index: int) -> None:
@@ -53,7 +56,52 @@ def test_all_blocks_come_back_after_cancellations(shared_cluster: Any, transport
         list(pool.map(one, range(NUM_REQUESTS)))
     until(lambda: free_blocks(cluster) == start, LEASE_S, f"free blocks to be {start} again")
     assert metric(cluster.url, "baton_requests_total") >= NUM_REQUESTS
+    until(lambda: no_more(held_by(cluster), open_before), 30, f"descriptors and threads to be {open_before} again")
     ask(cluster.url, {"prompt": token_prompt(600, 52_000), "max_tokens": 2})
+
+
+def held_by(cluster: Cluster) -> dict[int, tuple[int, int]]:
+    """(open descriptors, threads) of every engine core and worker, by process."""
+    pids = [pid for member in cluster.instances for pid in member.pids() if pid != member.pid]
+    return {pid: (len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))) for pid in pids}
+
+
+def no_more(now: dict[int, tuple[int, int]], before: dict[int, tuple[int, int]]) -> bool:
+    return all(now[pid][0] <= before[pid][0] + 2 and now[pid][1] <= before[pid][1] + 2 for pid in before)
+
+
+def test_nothing_of_a_killed_instance_is_left(make_cluster: Any) -> None:
+    """kill -9 of a whole instance with a hand-off behind it: no shared memory, socket or run folder stays."""
+    before = sorted(os.listdir("/dev/shm"))
+    cluster: Cluster = make_cluster("1P1D", **as_fields(options(*CHUNKED, transport="shm")))
+    ask(cluster.url, {"prompt": token_prompt(600, 54_000), "max_tokens": 2})
+    ours = sockets_of({pid for member in cluster.instances for pid in member.pids()})
+    assert len(ours) == 2, "each worker listens on a socket of its own"
+    folder = cluster.instance("decode-0").log.parent
+    cluster.instance("decode-0").kill_group()
+    cluster.stop()
+    assert not ours & set(sockets().values())
+    assert sorted(os.listdir("/dev/shm")) == before
+    assert not folder.exists()
+
+
+def sockets() -> dict[str, str]:
+    """Baton's abstract sockets on this machine, by inode."""
+    rows = [line.split() for line in Path("/proc/net/unix").read_text().splitlines() if "@baton-" in line]
+    return {row[6]: row[7] for row in rows}
+
+
+def sockets_of(pids: set[int]) -> set[str]:
+    """Names of those that these processes hold open."""
+    held = {_target(link) for pid in pids for link in Path(f"/proc/{pid}/fd").iterdir()}
+    return {name for inode, name in sockets().items() if f"socket:[{inode}]" in held}
+
+
+def _target(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except OSError:  # closed in between
+        return ""
 
 
 def _settled(cluster: Cluster) -> dict[str, int] | None:
