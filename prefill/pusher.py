@@ -113,6 +113,10 @@ class Pusher:
         """Hand-offs with a write in flight: the engine should come back soon."""
         return sum(1 for push in self._pushes.values() if push.transfers)
 
+    def num_endpoints(self) -> int:
+        """Peers whose memory is reachable from here."""
+        return len(self._endpoints)
+
     def close(self) -> None:
         """Closes every endpoint: after this, nothing of this worker writes anywhere."""
         for endpoint in self._endpoints.values():

@@ -199,9 +199,9 @@ class Sender:
         with self._lock:
             boot_ids = set()
             for out in list(self._all.values()):
-                if out.decode is None or out.decode.control != control or out.state is Sending.RELEASED:
+                if out.decode is None or out.decode.control != control:
                     continue
-                boot_ids.add(out.decode.boot_id)
+                boot_ids.add(out.decode.boot_id)  # also of ended hand-offs: its memory may still be mapped
                 if allows(out.state, Event.PEER_LOST):
                     self._give_up(out, Event.PEER_LOST, "the decode instance died")
             self._commands.forget.extend(boot_ids)

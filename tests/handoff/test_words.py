@@ -146,3 +146,15 @@ def test_a_leg_that_breaks_on_the_prefill_side_is_told_and_computed() -> None:
     assert Landed not in kinds(said)
     assert pair.decode.requests["a"].status == "done"
     assert len(pair.prefill.free) == NUM_BLOCKS
+
+
+def test_the_memory_of_a_dead_receiver_is_let_go_although_no_hand_off_is_under_way() -> None:
+    """A mapping that is kept would keep the dead instance's whole KV cache in memory."""
+    pair = Pair()
+    pair.ask("a")
+    pair.run()
+    assert pair.prefill.pusher.num_endpoints() == 1
+    pair.decode.kill()
+    pair.prefill.sender.on_peer_lost(pair.decode.peer.control)
+    pair.prefill.step()
+    assert pair.prefill.pusher.num_endpoints() == 0
