@@ -41,6 +41,7 @@ from proxy.usage import EventFilter, without_cached
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _MAX_RETRIES = 2
+_END_OF_STREAM = b"data: [DONE]\n\n"
 
 
 class Exchange(msgspec.Struct, frozen=True):
@@ -83,7 +84,7 @@ class Flow:
             if await self._serve(exchange):
                 status = "done"
         except asyncio.CancelledError:
-            status = "cancelled"
+            status = "done" if exchange.record.is_whole else "cancelled"
             raise
         finally:
             self._records.finish(exchange.record, status)
@@ -216,6 +217,7 @@ class Flow:
                 while chunk:
                     if events is not None:
                         chunk = events.feed(chunk)
+                    exchange.record.is_whole = chunk.endswith(_END_OF_STREAM)
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
                     chunk = await leg.more()
                 last = events.flush() if events is not None else b""

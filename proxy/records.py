@@ -19,13 +19,14 @@ from proxy.registry import Instance
 from proxy.router import Route
 
 MAX_RECORDS = 4096
-_MOMENTS = ("queued", "routed", "accepted", "moving", "landed", "first_token", "done")
+_MOMENTS = ("queued", "routed", "accepted", "moving", "last_layer", "landed", "first_token", "done")
 
 
 class Record:
     """One request. `when_reported` is called at each report of the decode side.
 
-    heard: the decode side has said something; reported: it has said everything.
+    heard: the decode side has said something; reported: it has said everything. is_whole: the client has been sent
+    the end of its stream, and may hang up before we do.
     """
 
     def __init__(self, request_id: str, client_id: str | None, endpoint: str, now_s: float) -> None:
@@ -40,6 +41,7 @@ class Record:
         self.resumed: list[dict[str, str]] = []
         self.reports: dict[Role, Report] = {}
         self.when_reported: Callable[[], None] = lambda: None
+        self.is_whole = False
         self.heard = asyncio.Event()
         self.reported = asyncio.Event()
 

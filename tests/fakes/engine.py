@@ -120,7 +120,9 @@ class FakeEngine:
 
     async def _close(self) -> None:
         await self._runner.cleanup()
-        for _ in range(3):  # connections cut a moment ago close in the next steps
+        for _ in range(5):  # one that was accepted while the server closed belongs to nobody, and closing takes a step
+            for transport in list(getattr(self._loop, "_transports", {}).values()):
+                transport.abort()
             await asyncio.sleep(0)
 
     async def _health(self, _request: web.Request) -> web.Response:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolParam
 
 from tests.fakes.engine import FakeEngine
-from tests.proxy.fleet import Fleet
+from tests.proxy.fleet import Fleet, until
 
 Pair = tuple[FakeEngine, FakeEngine]
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
@@ -30,7 +32,15 @@ def test_chat(client: openai.OpenAI) -> None:
 
 def test_chat_with_tools(client: openai.OpenAI, pair: Pair) -> None:
     tools: list[ChatCompletionToolParam] = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    client.chat.completions.create(model="fake", messages=MESSAGES, tools=tools, tool_choice="required", max_tokens=3)
+    pair[1].behaviour.hold = True
+    fields: dict[str, Any] = {"tools": tools, "tool_choice": "required", "max_tokens": 3}
+    asking = threading.Thread(
+        target=lambda: client.chat.completions.create(model="fake", messages=MESSAGES, **fields), daemon=True
+    )
+    asking.start()
+    until(lambda: pair[0].received and pair[1].received, "both legs have it")
+    pair[1].behaviour.hold = False
+    asking.join(5)
     assert pair[1].received[0].body["tool_choice"] == "required"
     assert pair[0].received[0].body["tools"] == tools
 
