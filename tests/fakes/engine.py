@@ -43,7 +43,8 @@ class Behaviour:
 
     status: anything but 200 is answered at once, with `message`.
     hold: nothing is answered while it is set. hold_body: a stream's headers are, its first byte is not.
-    hold_after: a stream stops after so many events; break_after: and the connection is cut there.
+    hold_after: a stream stops after so many events; break_after: and the connection is cut there. hold_end: a stream
+        is not closed behind its last event.
     cached: what usage says of cached tokens, if anything.
     """
 
@@ -53,6 +54,7 @@ class Behaviour:
     hold_body: bool = False
     hold_after: int | None = None
     break_after: int | None = None
+    hold_end: bool = False
     cut: bool = False
     healthy: bool = True
     cached: int | None = None
@@ -168,6 +170,7 @@ class FakeEngine:
                 self._cut(request)
                 return response
             await response.write(b"data: " + event + b"\n\n")
+        await self._while(lambda: self.behaviour.hold_end)
         await response.write_eof()
         return response
 
