@@ -99,7 +99,7 @@ def _print(result: Run) -> None:
     rows = rows_of(result)
     print()
     print(table.text_table(rows))
-    lines = [*table.memcpy_lines(result), *table.window_lines(rows), *table.tail_lines(rows)]
+    lines = [*table.memcpy_lines(result), *table.window_lines(rows), *table.part_lines(rows)]
     lines += [*table.setting_lines(result), *problem_lines(result)]
     lines += [f"note: {text}" for text in result.machine.warnings()]
     print("\n" + "\n".join(lines))

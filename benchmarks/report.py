@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.memcpy import PASSES
 from benchmarks.results import Run
 from benchmarks.summary import findings_of, rows_of
-from benchmarks.table import finding_lines, markdown_table, memcpy_lines, setting_lines, tail_lines, window_lines
+from benchmarks.table import finding_lines, markdown_table, memcpy_lines, part_lines, setting_lines, window_lines
 
 _HOW = f"""\
 Every system runs at once and is asked alone, by turns, beginning with another one each time; prompts are random tokens
@@ -33,7 +33,7 @@ def markdown(run: Run) -> str:
         versions,
         _bullets(setting_lines(run)),
         markdown_table(rows),
-        _bullets([*memcpy_lines(run), *window_lines(rows), *tail_lines(rows), *problem_lines(run)]),
+        _bullets([*memcpy_lines(run), *window_lines(rows), *part_lines(rows), *problem_lines(run)]),
         "## What it means",
         _bullets([*finding_lines(findings_of(rows)), *(f"note: {text}" for text in machine.warnings())]),
         "## How it is measured",

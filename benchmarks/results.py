@@ -17,6 +17,7 @@ class Handover(msgspec.Struct, frozen=True):
     write_ms: the prefill worker's time inside its pushes: Endpoint.write with its checks, and the digest (over shm
         four cache lines of each block, over zmq every byte). Over shm this is the copy itself; over zmq the bytes
         move later, on another thread.
+    digest_ms: its share for the digest; None where the record does not tell it.
     moving_to_landed_ms: from the first write, with the computation in between.
     last_layer_to_landed_ms: from the call behind the last layer's attention on P, in the last chunk and before that
         layer's write, until D's worker has checked everything; None where the record does not tell it. While P's
@@ -25,6 +26,7 @@ class Handover(msgspec.Struct, frozen=True):
     computed_to_landed_ms, sent_to_landed_ms: the last parts of it, from the end of P's forward pass and from Landed
         leaving P; None where the record does not tell them.
     check_ms: the very last part, D's worker counting and comparing digests.
+    landed_to_first_ms: from then until the proxy saw the first token: D's own step, and its way out.
     """
 
     tokens: int
@@ -35,6 +37,8 @@ class Handover(msgspec.Struct, frozen=True):
     moving_to_landed_ms: float
     last_layer_to_landed_ms: float | None
     check_ms: float
+    landed_to_first_ms: float
+    digest_ms: float | None = None
     computed_to_landed_ms: float | None = None
     sent_to_landed_ms: float | None = None
 
@@ -93,6 +97,8 @@ def handover_of(record: dict[str, Any]) -> Handover | None:
         moving_to_landed_ms=moments["landed"] - moments.get("moving", 0.0),
         last_layer_to_landed_ms=to_landed(moments.get("last_layer", at_prefill.get("last_layer"))),
         check_ms=decode.get("check_s", 0.0) * 1e3,
+        landed_to_first_ms=moments.get("first_token", moments["landed"]) - moments["landed"],
+        digest_ms=prefill["digest_s"] * 1e3 if "digest_s" in prefill else None,
         computed_to_landed_ms=to_landed(moments.get("computed", at_prefill.get("computed"))),
         sent_to_landed_ms=to_landed(at_prefill.get("landed")),
     )

@@ -30,7 +30,8 @@ class Row(msgspec.Struct, frozen=True):
 
     gb_per_s: while the prefill worker was inside its writes; share: of the cold memcpy, share_warm: of the warm one.
     window_gb_per_s: from the first write to Landed, with the computation in between.
-    tail_ms: from P's last layer to Landed; computed_tail_ms, sent_tail_ms, check_ms: its last parts (see Handover).
+    tail_ms: from P's last layer to Landed; computed_tail_ms, sent_tail_ms, check_ms: its last parts. The rest: see
+        benchmarks.results.Handover.
     """
 
     system: str
@@ -52,6 +53,9 @@ class Row(msgspec.Struct, frozen=True):
     computed_tail_ms: float | None = None
     sent_tail_ms: float | None = None
     check_ms: float | None = None
+    landed_to_first_ms: float | None = None
+    write_ms: float | None = None
+    digest_ms: float | None = None
 
     @property
     def is_valid(self) -> bool:
@@ -154,8 +158,11 @@ def _with_handovers(row: Row, handovers: Sequence[Handover], yard: Yard | None) 
         computed_tail_ms=_median(computed),
         sent_tail_ms=_median(sent),
         check_ms=statistics.median(each.check_ms for each in handovers),
+        landed_to_first_ms=statistics.median(each.landed_to_first_ms for each in handovers),
+        write_ms=statistics.median(each.write_ms for each in handovers),
+        digest_ms=_median(each.digest_ms for each in handovers),
     )
-    write_ms = statistics.median(each.write_ms for each in handovers)
+    write_ms = row.write_ms or 0.0
     if row.system != "shm" or write_ms <= 0:
         return row
     rate = num_bytes / write_ms / 1e6

@@ -84,22 +84,28 @@ def memcpy_lines(run: Run) -> list[str]:
     return lines
 
 
-def tail_lines(rows: Sequence[Row]) -> list[str]:
-    """What the time after the last layer consists of, as far as the records tell it."""
+def part_lines(rows: Sequence[Row]) -> list[str]:
+    """Where the time of a hand-off goes, as far as the records tell it."""
     lines = []
     for row in rows:
-        parts = [("the end of the forward pass", row.computed_tail_ms), ("Landed leaving P", row.sent_tail_ms)]
-        told = [f"{_shown(value, 1)} ms from {name}" for name, value in parts if value is not None]
-        if row.check_ms is not None:
-            told.append(f"{_shown(row.check_ms, 2)} ms of D's check")
-            lines.append(f"{row.system}, {row.prompt_tokens} tokens, last parts before Landed: {', '.join(told)}")
+        parts = [
+            ("inside the writes", row.write_ms, 1),
+            ("of which digest", row.digest_ms, 1),
+            ("from the end of P's forward pass to Landed", row.computed_tail_ms, 1),
+            ("from Landed leaving P", row.sent_tail_ms, 1),
+            ("of which D's check", row.check_ms, 2),
+            ("from Landed to the first token", row.landed_to_first_ms, 1),
+        ]
+        told = [f"{_shown(value, digits)} ms {name}" for name, value, digits in parts if value is not None]
+        if told:
+            lines.append(f"{row.system}, {row.prompt_tokens} tokens: {', '.join(told)}")
     return lines
 
 
 def window_lines(rows: Sequence[Row]) -> list[str]:
     """What the writes column cannot say of a transport that sends in the background."""
     return [
-        f"{row.system}, {row.prompt_tokens} tokens: {row.window_gb_per_s:.2f} GB/s from the first write to Landed, "
+        f"{row.system}, {row.prompt_tokens} tokens: {row.window_gb_per_s:.3f} GB/s from the first write to Landed, "
         "the computation in between included"
         for row in rows
         if row.gb_per_s is None and row.window_gb_per_s is not None

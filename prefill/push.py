@@ -51,7 +51,10 @@ class Pushed(msgspec.Struct, frozen=True):
     """Every write of a hand-off is done.
 
     num_pairs: (layer, block) pairs written; digest: over them (transport/digest.py).
+    moving, last_layer, computed: unix seconds at the first write, at the last layer's last write, and at the end of the
+        forward pass that held it (the rest of that layer is computed while its blocks travel).
     bytes_before_last_layer: handed to the transport before the last layer of the last chunk was computed.
+    write_s, digest_s: spent in writes and in digests, in the forward pass.
     """
 
     handoff: str
@@ -61,8 +64,10 @@ class Pushed(msgspec.Struct, frozen=True):
     scheme: str
     moving_unix_s: float
     last_layer_unix_s: float
+    computed_unix_s: float
     bytes_before_last_layer: int
     write_s: float
+    digest_s: float
 
 
 class PushFailed(msgspec.Struct, frozen=True):

@@ -39,8 +39,10 @@ class _Push:
     num_bytes: int = 0
     moving_unix_s: float = 0.0
     last_layer_unix_s: float = 0.0
+    computed_unix_s: float = 0.0
     bytes_before_last_layer: int = 0
     write_s: float = 0.0
+    digest_s: float = 0.0
     why_failed: str = ""
     stopped: bool = False
 
@@ -100,6 +102,10 @@ class Pusher:
                 push = self._pushes.get(chunk.handoff)
                 if push is not None and not push.stopped:
                     self._push_layer(push, chunk, layer)
+        now_s = self._clock.unix_s()
+        for chunk in self._chunks:
+            if chunk.handoff in self._pushes:
+                self._pushes[chunk.handoff].computed_unix_s = now_s
 
     def end_step(self) -> PushResults:
         """What has ended since the last step; polls transfers in flight."""
@@ -155,14 +161,12 @@ class Pusher:
         first = push.cursors[layer]
         if limit <= first:
             return
-        begun_s = self._clock.monotonic_s()
         if layer == len(self._regions) - 1:
             push.bytes_before_last_layer = push.num_bytes
             push.last_layer_unix_s = self._clock.unix_s()
         push.moving_unix_s = push.moving_unix_s or self._clock.unix_s()
         self._write(push, chunk, layer, range(first, limit))
         push.cursors[layer] = limit
-        push.write_s += self._clock.monotonic_s() - begun_s
 
     def _write(self, push: _Push, chunk: PushChunk, layer: int, span: range) -> None:
         region = self._regions[layer]
@@ -173,14 +177,18 @@ class Pusher:
         is_last = span.stop == push.end_block and all(cursor >= push.end_block for cursor in others)
         notice = chunk.handoff.encode() if is_last else None
         local, remote = Blocks(layer, tuple(local_ids)), Blocks(layer, tuple(remote_ids))
+        begun_s = self._clock.monotonic_s()
         try:
             push.transfers.append(push.endpoint.write(chunk.handoff, local, remote, notice))
         except TransferError as error:
             push.why_failed, push.stopped = str(error), True
             return
+        written_s = self._clock.monotonic_s()
         full = is_full(push.scheme, push.target.full_digest)
         digest = blocks_digest(region, local_ids, span.start - offset, full=full)
         push.digest = add(push.digest, digest)
+        push.write_s += written_s - begun_s
+        push.digest_s += self._clock.monotonic_s() - written_s
         push.num_pairs += len(span)
         push.num_bytes += len(span) * region.block_bytes
 
@@ -213,8 +221,10 @@ class Pusher:
             scheme=push.scheme,
             moving_unix_s=push.moving_unix_s,
             last_layer_unix_s=push.last_layer_unix_s,
+            computed_unix_s=push.computed_unix_s,
             bytes_before_last_layer=push.bytes_before_last_layer,
             write_s=push.write_s,
+            digest_s=push.digest_s,
         )
 
     def _stop(self, handoff: str) -> None:

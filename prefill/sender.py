@@ -307,6 +307,7 @@ class Sender:
             return
         out.moments["moving"] = pushed.moving_unix_s
         out.moments["last_layer"] = pushed.last_layer_unix_s
+        out.moments["computed"] = pushed.computed_unix_s
         self._ports.send(
             out.decode,
             Landed(
@@ -351,6 +352,7 @@ class Sender:
         detail = {
             "bytes_before_last_layer": float(out.pushed.bytes_before_last_layer),
             "write_s": out.pushed.write_s,
+            "digest_s": out.pushed.digest_s,
             "chunks": float(out.num_chunks),
         }
         self._ports.report(

@@ -146,8 +146,8 @@ def show(record: Record) -> dict[str, Any]:
         "outcome": decode.outcome if decode else None,
         "moments_ms": {name: (moments[name] - queued) * 1e3 for name in _MOMENTS if name in moments},
         "gb_per_s": _gb_per_s(decode, prefill),
-        "prefill": _account(prefill),
-        "decode": _account(decode),
+        "prefill": _account(prefill, queued),
+        "decode": _account(decode, queued),
         "resumed": record.resumed,
     }
 
@@ -185,7 +185,7 @@ def _gb_per_s(decode: Report | None, prefill: Report | None) -> float | None:
     return decode.num_bytes / seconds / 1e9 if decode is not None and seconds > 0 else None
 
 
-def _account(report: Report | None) -> dict[str, Any] | None:
+def _account(report: Report | None, queued_s: float) -> dict[str, Any] | None:
     if report is None:
         return None
     return {
@@ -193,5 +193,6 @@ def _account(report: Report | None) -> dict[str, Any] | None:
         "outcome": report.outcome,
         "why": report.why,
         "bytes": report.num_bytes,
+        "moments_ms": {name: (at - queued_s) * 1e3 for name, at in report.moments.items()},
         **report.detail,
     }

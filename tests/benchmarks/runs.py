@@ -34,8 +34,15 @@ def record(tokens: dict[str, int] | None = None, transport: str = "shm", prompt_
         "path": {"prefill": "prefill-0", "decode": "decode-0", "transport": transport, "why": ""},
         "tokens": counted | (tokens or {}),
         "bytes": NUM_BYTES,
-        "moments_ms": {"queued": 0.0, "accepted": 4.0, "moving": 50.0, "last_layer": 1047.5, "landed": 1050.0},
-        "prefill": {"chunks": 1.0, "write_s": 0.010, "moments_ms": {"landed": 1049.0}},
+        "moments_ms": {
+            "queued": 0.0,
+            "accepted": 4.0,
+            "moving": 50.0,
+            "last_layer": 1047.5,
+            "landed": 1050.0,
+            "first_token": 1075.0,
+        },
+        "prefill": {"chunks": 1.0, "write_s": 0.010, "digest_s": 0.001, "moments_ms": {"landed": 1049.0}},
         "decode": {"check_s": 0.0005},
     }
 

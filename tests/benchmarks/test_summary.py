@@ -38,6 +38,7 @@ def test_the_time_after_the_last_layer_is_told_in_parts() -> None:
     row = row_of(good_run(), "shm")
     assert (row.tail_ms, row.sent_tail_ms, row.check_ms) == (2.5, 1.0, 0.5)
     assert row.computed_tail_ms is None
+    assert (row.write_ms, row.digest_ms, row.landed_to_first_ms) == (10.0, 1.0, 25.0)
 
 
 def test_a_record_that_does_not_tell_the_last_layer_leaves_it_open() -> None:

@@ -9,7 +9,7 @@ import msgspec
 from benchmarks.machine import cpu_model, has_fast_bfloat16
 from benchmarks.report import file_name, markdown, problem_lines
 from benchmarks.summary import rows_of
-from benchmarks.table import HEADER, markdown_table, memcpy_lines, setting_lines, text_table
+from benchmarks.table import HEADER, markdown_table, memcpy_lines, part_lines, setting_lines, text_table
 from tests.benchmarks.runs import MACHINE, good_run, record, run, sample
 
 
@@ -62,6 +62,13 @@ def test_the_yardstick_and_the_cores_have_a_line() -> None:
         "12.8 cold in whole runs"
     ]
     assert setting_lines(good_run())[0] == "engine cores: plain/decode-0: 0; shm/prefill-0: 0; shm/decode-0: 1"
+
+
+def test_the_parts_of_a_handoff_are_told_as_far_as_they_are_known() -> None:
+    assert part_lines(rows_of(good_run()))[0] == (
+        "shm, 2048 tokens: 10.0 ms inside the writes, 1.0 ms of which digest, 1.0 ms from Landed leaving P, "
+        "0.50 ms of which D's check, 25.0 ms from Landed to the first token"
+    )
 
 
 def test_processors_are_named_and_judged_by_what_the_kernel_says() -> None:

@@ -73,7 +73,8 @@ def test_only_loopback_is_this_machine(host: str, local: bool) -> None:
 
 @pytest.mark.parametrize("open_control", [False, True])
 def test_other_hosts_may_register_only_where_told_so(open_control: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    with running(Settings(open_control=open_control)) as fleet, FakeEngine(Role.DECODE) as engine:
+    engine = FakeEngine(Role.DECODE, "never-started", port=1)
+    with running(Settings(open_control=open_control)) as fleet:
         # one machine has no other host: take the loopback's own network for foreign
         monkeypatch.setattr("proxy.control._is_loopback", lambda host: not ipaddress.ip_address(host).is_loopback)
         headers = {"X-Forwarded-For": "10.0.0.1"}
