@@ -42,10 +42,18 @@ def start(zygote: Any, plain: Cluster) -> Iterator[Callable[..., Cluster]]:
         cluster.stop()
 
 
-@pytest.mark.parametrize("transport", ["shm", "zmq"])
 @pytest.mark.parametrize(
-    ("phase", "layer", "chunk"),
-    [("asked", -1, -1), ("accepted", -1, -1), ("push", 3, 1), ("push", 0, 0), ("landed", -1, -1)],
+    ("transport", "phase", "layer", "chunk"),
+    [
+        ("shm", "asked", -1, -1),
+        ("shm", "accepted", -1, -1),
+        ("shm", "push", 0, 0),
+        ("shm", "push", 3, 1),
+        ("shm", "landed", -1, -1),
+        ("zmq", "accepted", -1, -1),
+        ("zmq", "push", 3, 1),
+        ("zmq", "landed", -1, -1),
+    ],
 )
 def test_the_prefill_instance_dies(
     start: Callable[..., Cluster], plain: Cluster, tmp_path: Path, transport: str, phase: str, layer: int, chunk: int
