@@ -121,7 +121,6 @@ class Flow:
         for _ in range(_MAX_RETRIES):
             if isinstance(answer, Answer) and not answer.failed:
                 break
-            lease.release_prefill()
             other = self._router.another(tried)
             if other is None:
                 break

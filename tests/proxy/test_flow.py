@@ -9,8 +9,9 @@ import pytest
 
 from core.handoff import Role, handoff_from_params
 from core.report import Report
+from proxy.settings import Settings
 from tests.fakes.engine import FakeEngine
-from tests.proxy.fleet import Fleet, engines, until
+from tests.proxy.fleet import Fleet, engines, running, until
 
 Pair = tuple[FakeEngine, FakeEngine]
 
@@ -134,21 +135,23 @@ def test_ps_failure_sends_d_on_alone_at_once(fleet: Fleet, pair: Pair, failure: 
         assert fleet.state(prefill) == "lost"
 
 
-def test_a_decode_that_says_it_goes_on_alone_is_not_asked_again(fleet: Fleet, pair: Pair) -> None:
-    prefill, decode = pair
-    prefill.behaviour.hold = decode.behaviour.hold = True
-    prefill.behaviour.status = 500
-    with fleet.in_background(fleet.complete) as answers:
-        until(lambda: prefill.received and decode.received, "both have it")
-        why = "peer_lost"
-        fleet.beat(decode, Report(decode.received[0].request_id, decode.name, Role.DECODE, "fell_back", why))
-        prefill.behaviour.hold = False
-        until(lambda: fleet.instance(prefill)["suspect"], "P has failed")
-        decode.behaviour.hold = False
-    assert answers[0].status_code == 200
-    assert (len(decode.received), decode.left) == (1, [])
-    assert fleet.record(answers[0])["path"]["why"] == "peer_lost"
-    assert fleet.metric('baton_fallbacks_total{why="peer_lost"}') == 1
+def test_a_decode_that_says_it_goes_on_alone_is_not_asked_again() -> None:
+    impatient = Settings(health_poll_s=0.02, report_wait_s=0.1, takeover_s=0.0)
+    with running(impatient) as fleet, engines(Role.PREFILL, Role.DECODE) as (prefill, decode):
+        fleet.join(prefill, decode)
+        prefill.behaviour.hold = decode.behaviour.hold = True
+        prefill.behaviour.status = 500
+        with fleet.in_background(fleet.complete) as answers:
+            until(lambda: prefill.received and decode.received, "both have it")
+            why = "peer_lost"
+            fleet.beat(decode, Report(decode.received[0].request_id, decode.name, Role.DECODE, "fell_back", why))
+            prefill.behaviour.hold = False
+            until(lambda: fleet.instance(prefill)["suspect"], "P has failed")
+            decode.behaviour.hold = False
+        assert answers[0].status_code == 200
+        assert (len(decode.received), decode.left) == (1, [])
+        assert fleet.record(answers[0])["path"]["why"] == "peer_lost"
+        assert fleet.metric('baton_fallbacks_total{why="peer_lost"}') == 1
 
 
 def test_ps_failure_after_ds_first_byte_is_ignored(fleet: Fleet, pair: Pair) -> None:
