@@ -14,10 +14,10 @@ from benchmarks.systems import Recipe
 class Handover(msgspec.Struct, frozen=True):
     """One hand-off, from the proxy's record.
 
-    write_ms: the prefill worker's time inside its pushes: Endpoint.write with its checks, and the digest (over shm
-        four cache lines of each block, over zmq every byte). Over shm this is the copy itself; over zmq the bytes
-        move later, on another thread.
-    digest_ms: its share for the digest; None where the record does not tell it.
+    write_ms: the prefill worker's time inside Endpoint.write with its checks. Over shm this is the copy itself; over
+        zmq the bytes move later, on another thread.
+    digest_ms: beside it, for the digest (over shm four cache lines of each block, over zmq every byte); None where the
+        record does not tell it.
     moving_to_landed_ms: from the first write, with the computation in between.
     last_layer_to_landed_ms: from the call behind the last layer's attention on P, in the last chunk and before that
         layer's write, until D's worker has checked everything; None where the record does not tell it. While P's

@@ -90,7 +90,7 @@ def part_lines(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         parts = [
             ("inside the writes", row.write_ms, 1),
-            ("of which digest", row.digest_ms, 1),
+            ("more for the digest", row.digest_ms, 1),
             ("from the end of P's forward pass to Landed", row.computed_tail_ms, 1),
             ("from Landed leaving P", row.sent_tail_ms, 1),
             ("of which D's check", row.check_ms, 2),

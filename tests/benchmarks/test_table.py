@@ -66,7 +66,7 @@ def test_the_yardstick_and_the_cores_have_a_line() -> None:
 
 def test_the_parts_of_a_handoff_are_told_as_far_as_they_are_known() -> None:
     assert part_lines(rows_of(good_run()))[0] == (
-        "shm, 2048 tokens: 10.0 ms inside the writes, 1.0 ms of which digest, 1.0 ms from Landed leaving P, "
+        "shm, 2048 tokens: 10.0 ms inside the writes, 1.0 ms more for the digest, 1.0 ms from Landed leaving P, "
         "0.50 ms of which D's check, 25.0 ms from Landed to the first token"
     )
 
