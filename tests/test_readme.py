@@ -27,7 +27,11 @@ SUPPORTED: list[tuple[str, str, str]] = [
     ("A prefill instance dies at any moment", "yes", "engine/test_recovers.py::test_the_prefill_instance_dies"),
     ("A byte flips in transit", "yes", "engine/test_recovers.py::test_a_byte_is_flipped_in_transit"),
     ("A peer hangs", "yes", "engine/test_overload.py::test_a_stopped_prefill_instance_with_64_prompts_waiting"),
-    ("Instances join by hand or from another host", "yes", "engine/test_join.py::test_the_readmes_lines_by_hand"),
+    (
+        "Instances join by hand, over TCP (tested on one host)",
+        "yes",
+        "engine/test_join.py::test_the_readmes_lines_by_hand",
+    ),
     ("Official `openai` client, `vllm bench serve`", "yes", "engine/test_clients.py::test_the_official_client"),
     ("Tensor, pipeline, data parallel above 1", "refused by name", "cluster/test_preflight.py"),
     ("Speculative decoding, quantised KV cache", "refused by name", "cluster/test_preflight.py"),

@@ -1,4 +1,4 @@
-"""Prompts of exact lengths, cut from Shakespeare; no two start alike unless asked to."""
+"""Prompts of exact lengths, cut from Shakespeare (passage.txt: public domain); no two start alike unless asked to."""
 
 from __future__ import annotations
 
