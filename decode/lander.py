@@ -117,12 +117,22 @@ class Lander:
         return True
 
     def _settle_dropped(self, landing: _Landing, drop: Drop) -> bool:
-        closed = [source.close() or source.peer_gone() for source in landing.landings.values()]
-        is_dead = drop.peer_dead and self._clock.monotonic_s() - landing.drop_since_s > DEAD_PEER_GRACE_S
-        if landing.fenced or all(closed) or is_dead:
+        if landing.fenced or all(self._is_fenced(landing, source) for source in landing.landings.values()):
             self._results.lost.append(Lost(landing.arm.handoff, landing.arm.request_id, drop.why))
             return True
         return False
+
+    def _is_fenced(self, landing: _Landing, source: Landing) -> bool:
+        """Whether no write can follow through this landing.
+
+        A broken control connection is no proof that a known writer is gone: only the end of its own connection is. A
+        sender that had not begun when its scheduler died gets the grace in which its worker dies too.
+        """
+        if source.close() or source.peer_gone():
+            return True
+        if landing.drop is None or not landing.drop.peer_dead or source.has_writer():
+            return False
+        return self._clock.monotonic_s() - landing.drop_since_s > DEAD_PEER_GRACE_S
 
     def _compare(self, landing: _Landing, source: Landing, check: Check) -> str:
         """Why what arrived is not what was sent; empty if it is."""

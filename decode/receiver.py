@@ -51,6 +51,7 @@ class Incoming:
     client_gone: bool = False
     accept: Accept | None = None
     revoked_s: float = 0.0
+    why: str = ""
 
     @property
     def id(self) -> str:
@@ -243,8 +244,8 @@ class Receiver:
                 if allows(incoming.state, Event.PEER_LOST):
                     self._revoke(incoming, Event.PEER_LOST, "the prefill instance died")
                 elif incoming.state is Receiving.REVOKING:
-                    why = self._account(incoming).why
-                    self._commands.drop.append(Drop(incoming.id, fenced=False, peer_dead=True, why=why))
+                    drop = Drop(incoming.id, fenced=False, peer_dead=True, why=incoming.why)
+                    self._commands.drop.append(drop)
             self._ports.wake()
 
     def tick(self) -> None:
@@ -348,10 +349,10 @@ class Receiver:
         """Give up while P may still write: ask it to stop, and let the worker watch the fence."""
         self._move(incoming, event)
         incoming.revoked_s = self._ports.clock.monotonic_s()
+        incoming.why = why
         is_dead = event is Event.PEER_LOST
         self._commands.drop.append(Drop(incoming.id, fenced=False, peer_dead=is_dead, why=why))
-        if not is_dead:
-            self._ports.send(incoming.prefill, Cancel(incoming.id, why))
+        self._ports.send(incoming.prefill, Cancel(incoming.id, why))  # one that lives after all stops, and says so
 
     def _end(self, incoming: Incoming, event: Event, why: str) -> None:
         """No write can follow any more."""

@@ -116,6 +116,10 @@ class Landing(Protocol):
         ended)."""
         ...
 
+    def has_writer(self) -> bool:
+        """Whether somebody has announced a write under this tag, so that `peer_gone` will tell of its end."""
+        ...
+
     def close(self) -> bool:
         """Stops accepting writes under the tag. True if from now on none can touch the blocks; False where only
         the sender can promise that (shm): then wait for its word, or for `peer_gone`."""

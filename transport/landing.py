@@ -79,6 +79,10 @@ class CountedLanding:
     def peer_gone(self) -> bool:
         return False
 
+    def has_writer(self) -> bool:
+        with self._inbox.lock:
+            return bool(self._summands or self._pieces)
+
     def close(self) -> bool:
         self._inbox.shut(self._tag, self)
         return True

@@ -63,6 +63,10 @@ class ShmLanding:
         with self._box.lock:
             return bool(self._writers) and all(writer.has_hung_up for writer in self._writers)
 
+    def has_writer(self) -> bool:
+        with self._box.lock:
+            return bool(self._writers)
+
     def close(self) -> bool:
         """False: a mapped memory can be written until its writer says that it stopped, or is gone."""
         self.is_open = False
