@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from core.handoff import Role
 from core.report import Report
+from decode.land import Received
 
 MAX_ACCOUNTS = 20_000
 
@@ -34,12 +35,13 @@ class Account:
 
 
 class Accounts:
-    """The accounts of one decode instance."""
+    """The accounts of one decode instance. Its receiver's lock guards it."""
 
     def __init__(self, instance: str, report: Callable[[Report], None]) -> None:
         self._instance = instance
         self._report = report
         self._all: OrderedDict[str, Account] = OrderedDict()
+        self._counted: set[str] = set()
 
     def of(self, request_id: str) -> Account:
         """The account of a ticket; made at first sight."""
@@ -49,6 +51,32 @@ class Accounts:
             while len(self._all) > MAX_ACCOUNTS:
                 self._all.popitem(last=False)
         return account
+
+    def found(self, request_id: str, handoff: str, num_prompt: int, found_tokens: int) -> None:
+        """The engine admitted a request with `found_tokens` of its own prefix cache and nothing from P.
+
+        Counted once: a request that is preempted is admitted again, and what it then computes counts as computed.
+        """
+        if request_id not in self._counted:
+            self._counted.add(request_id)
+            account = self.of(handoff)
+            account.prompt_tokens += num_prompt
+            account.found_locally += found_tokens
+
+    def received(self, received: Received, num_prompt: int, found_tokens: int, handed_over: int) -> None:
+        """The worker has counted and compared a hand-off of `handed_over` tokens."""
+        self._counted.add(received.request_id)
+        account = self.of(received.handoff)
+        account.outcome = "landed"
+        account.prompt_tokens, account.found_locally, account.handed_over = num_prompt, found_tokens, handed_over
+        account.num_bytes = received.num_bytes
+        account.detail["check_s"] = received.check_s
+        account.detail["audited_pairs"] = received.audited
+        account.detail["unwritten_pairs"] = received.unwritten
+
+    def forget(self, request_id: str) -> None:
+        """The engine is done with a request; the account of its ticket stays."""
+        self._counted.discard(request_id)
 
     def publish(self, request_id: str) -> None:
         """Reports the account as it stands; a later report replaces it."""

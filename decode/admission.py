@@ -38,3 +38,22 @@ def fits(capacity: Capacity, limits: Limits, reserved_blocks: int, needed_blocks
         return False
     is_idle = reserved_blocks == 0 and capacity.growth_blocks == 0
     return is_idle or needed_blocks + capacity.growth_blocks <= capacity.free_blocks
+
+
+class RecomputeBudget:
+    """Which failed hand-offs are being computed here now: at most `most`, the rest wait without blocks."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._computing: set[str] = set()
+
+    def take(self, request_id: str) -> bool:
+        """Whether the engine may compute this request now. A request that holds a place keeps it."""
+        if request_id not in self._computing and len(self._computing) >= self._most:
+            return False
+        self._computing.add(request_id)
+        return True
+
+    def give_back(self, request_id: str) -> None:
+        """Its prompt is computed, or it has ended. May be called for one that holds no place."""
+        self._computing.discard(request_id)

@@ -21,8 +21,9 @@ from core.handoff import Peer
 from core.layout import KVLayout
 from core.prompt import Prompt
 from decode.accounts import Account, Accounts
-from decode.admission import Capacity, Limits, fits
+from decode.admission import Capacity, Limits, RecomputeBudget, fits
 from decode.land import Arm, Check, Drop, LandCommands, LandResults, Received
+from decode.peers import LostPeers
 from transport.digest import is_full
 from transport.handoff import Event, Receiving, advance_receiving, allows
 from transport.messages import Accept, Cancel, Cancelled, Decline, Failed, Landed, Message, Refused
@@ -30,9 +31,6 @@ from transport.ports import Ports
 
 SILENT_PEER_S = 5.0
 """How long a peer may take to answer a Cancel before whoever started it is asked to end it."""
-
-LOST_PEER_S = 10.0
-"""How long no hand-off is asked of a peer whose connection broke."""
 
 
 @dataclass
@@ -47,7 +45,6 @@ class Incoming:
     asked_tokens: int = 0
     block_ids: tuple[int, ...] = ()
     retried: bool = False
-    is_computing: bool = False
     client_gone: bool = False
     accept: Accept | None = None
     revoked_s: float = 0.0
@@ -85,8 +82,8 @@ class Receiver:
         self._lock = threading.RLock()
         self._all: dict[str, Incoming] = {}
         self._by_request: dict[str, Incoming] = {}
-        self._lost_peers: dict[str, float] = {}
-        self._counted: set[str] = set()
+        self._lost_peers = LostPeers(ports.clock)
+        self._budget = RecomputeBudget(limits.recomputes)
         self._commands = LandCommands()
 
     # ---- the engine's thread ----
@@ -103,14 +100,14 @@ class Receiver:
                 incoming = Incoming(prompt, prefill, deadline_s)
                 self._by_request[prompt.request_id] = self._all[prompt.handoff.id] = incoming
             if incoming.retried:
-                return self._may_compute(incoming)
+                return 0 if self._budget.take(incoming.prompt.request_id) else None
             if incoming.state is not Receiving.NEW:
                 return 0
             missing = prompt.num_tokens - 1 - found_tokens
             if missing < self._min_tokens:
                 self._decline(incoming, "cached" if found_tokens else "short")
                 return 0
-            if self._is_lost(prefill):
+            if prefill.boot_id in self._lost_peers:
                 return self._fall_back(incoming, "the prefill instance died")
             if self._ports.clock.monotonic_s() > incoming.deadline_s:
                 return self._fall_back(incoming, "no room before the deadline")
@@ -147,34 +144,24 @@ class Receiver:
         with self._lock:
             account = self._accounts.of(handoff)
             account.computed += num_prompt_new
-            incoming = self._by_request.get(request_id)
             if done_before + num_new >= num_prompt:
-                if incoming is not None:
-                    incoming.is_computing = False
+                self._budget.give_back(request_id)
                 self._accounts.publish(handoff)
 
     def found(self, request_id: str, handoff: str, num_prompt: int, found_tokens: int) -> None:
-        """The engine admitted a request with `found_tokens` of its own prefix cache and nothing from P.
-
-        Counted once: a request that is preempted is admitted again, and what it then computes counts as computed.
-        """
+        """The engine admitted a request with `found_tokens` of its own prefix cache and nothing from P."""
         with self._lock:
-            if request_id in self._counted:
-                return
-            self._counted.add(request_id)
-            account = self._accounts.of(handoff)
-            account.prompt_tokens += num_prompt
-            account.found_locally += found_tokens
+            self._accounts.found(request_id, handoff, num_prompt, found_tokens)
 
     def finished(self, request_id: str) -> None:
         """The engine is done with the request: completed, or its client is gone."""
         with self._lock:
-            self._counted.discard(request_id)
+            self._accounts.forget(request_id)
+            self._budget.give_back(request_id)
             incoming = self._by_request.get(request_id)
             if incoming is None:
                 return
             incoming.client_gone = True
-            incoming.is_computing = False
             if incoming.state is Receiving.NEW:
                 self._decline(incoming, "the request ended")
             elif allows(incoming.state, Event.CANCEL):
@@ -240,7 +227,7 @@ class Receiver:
             for incoming in list(self._all.values()):
                 if incoming.prefill.control != control:
                     continue
-                self._lost_peers[incoming.prefill.boot_id] = self._ports.clock.monotonic_s()
+                self._lost_peers.add(incoming.prefill.boot_id)
                 if allows(incoming.state, Event.PEER_LOST):
                     self._revoke(incoming, Event.PEER_LOST, "the prefill instance died")
                 elif incoming.state is Receiving.REVOKING:
@@ -262,12 +249,6 @@ class Receiver:
                     self._ports.wake()
 
     # ---- inside the lock ----
-
-    def _is_lost(self, peer: Peer) -> bool:
-        """Whether its connection broke lately. Not for ever: one broken connection is no proof of death, and to a
-        peer that is dead the proxy sends nothing any more."""
-        lost_s = self._lost_peers.get(peer.boot_id)
-        return lost_s is not None and self._ports.clock.monotonic_s() - lost_s < LOST_PEER_S
 
     def _num_blocks(self, num_tokens: int, found_tokens: int) -> int:
         return -(-num_tokens // self._block_size) - found_tokens // self._block_size
@@ -316,16 +297,7 @@ class Receiver:
         account = self._account(incoming)
         account.outcome, account.why = "fell_back", why
         self._accounts.publish(incoming.id)
-        return self._may_compute(incoming)
-
-    def _may_compute(self, incoming: Incoming) -> int | None:
-        """0 when the engine may compute a failed hand-off now, None while enough others do."""
-        if not incoming.is_computing:
-            busy = sum(1 for other in self._by_request.values() if other.is_computing)
-            if busy >= self._limits.recomputes:
-                return None
-            incoming.is_computing = True
-        return 0
+        return 0 if self._budget.take(incoming.prompt.request_id) else None
 
     def _on_landed(self, incoming: Incoming, landed: Landed) -> None:
         if incoming.state is Receiving.REVOKING:
@@ -364,19 +336,10 @@ class Receiver:
         if incoming is None:
             return
         self._move(incoming, Event.GOOD)
-        self._counted.add(received.request_id)
-        account = self._account(incoming)
-        account.outcome = "landed"
-        account.prompt_tokens = incoming.prompt.num_tokens
-        account.found_locally = incoming.found_tokens
-        num_layers = self._offer.layout.num_layers
-        full_tokens = received.num_pairs // num_layers * self._block_size
-        account.handed_over = min(full_tokens, incoming.asked_tokens)
-        account.num_bytes = received.num_bytes
-        account.moments["landed"] = self._ports.clock.unix_s()
-        account.detail["check_s"] = received.check_s
-        account.detail["audited_pairs"] = received.audited
-        account.detail["unwritten_pairs"] = received.unwritten
+        full_tokens = received.num_pairs // self._offer.layout.num_layers * self._block_size
+        handed_over = min(full_tokens, incoming.asked_tokens)
+        self._accounts.received(received, incoming.prompt.num_tokens, incoming.found_tokens, handed_over)
+        self._account(incoming).moments["landed"] = self._ports.clock.unix_s()
         self._release(incoming)
 
     def _on_lost(self, incoming: Incoming, why: str) -> None:
