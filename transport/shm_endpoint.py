@@ -4,7 +4,8 @@
 
 Memory model: no copy runs but under the endpoint's lock, and `close` unmaps under the same lock.
 Threading: a short-lived thread connects and then carries out the writes that waited for it. Afterwards a write is
-carried out within `write`. Only where the owner does not empty its socket does a write wait, for `poll`.
+carried out within `write`, which hears of an owner that is gone only where it says something to it (the opening and
+the notice); `poll` and `failure` ask. Only where the owner does not empty its socket does a write wait, for `poll`.
 """
 
 from __future__ import annotations
@@ -99,8 +100,12 @@ class ShmEndpoint:
     def advance(self) -> None:
         """Carries out what waits, as far as the owner's socket takes it; notices an owner that is gone."""
         with self._lock:
-            if self._is_ready and self._link is not None:
+            if not self._is_ready or self._link is None:
+                return
+            if self._link.is_alive():
                 self._advance(self._link)
+            else:
+                self._end("the peer hung up")
 
     def cancel(self, transfer: ShmTransfer) -> None:
         """Copies are whole or not at all, so a cancelled one has either landed or never begun its notice."""
@@ -145,9 +150,6 @@ class ShmEndpoint:
             return True
 
     def _advance(self, link: ShmLink) -> None:
-        if not link.is_alive():
-            self._end("the peer hung up")
-            return
         while self._waiting and self._step(link, self._waiting[0]):
             self._waiting.popleft()
 
