@@ -21,6 +21,11 @@ from core.errors import BatonError, ConfigError
 _PASSED = ("--prefill-args", "--decode-args")
 _CLEAR = "\r\033[K"
 _BENCHMARKS = ("handoff",)
+_CACHE = {
+    "serve": "Starts the cache server of this host and stays up until stopped.",
+    "stats": "Shows what the cache server holds and did.",
+    "drop": "Makes the cache server forget every block.",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script's entry."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"serve": _serve, "instance": _instance, "demo": _demo, "bench": _bench}
+    commands = {"serve": _serve, "instance": _instance, "cache": _cache, "demo": _demo, "bench": _bench}
     if not given or given[0] in ("-h", "--help"):
         print(_USAGE)
         return 0 if given else 2
@@ -65,6 +70,7 @@ _USAGE = """usage: baton COMMAND ...
 
   serve xPyD   start x prefill and y decode instances behind one OpenAI endpoint, and stay up
   instance     start one instance that joins a proxy, here or on another host
+  cache        serve, stats or drop: the host's shared KV cache by hand
   demo         start 1P1D with the bundled model, ask a question, show its timeline, stop
   bench NAME   measure; NAME is one of: handoff
 
@@ -83,6 +89,9 @@ def _serve(arguments: Sequence[str]) -> int:
     parser.add_argument("--prefill-args", type=_words, default=(), metavar='"..."', help="for vLLM, prefill instances")
     parser.add_argument("--decode-args", type=_words, default=(), metavar='"..."', help="for vLLM, decode instances")
     parser.add_argument("--transport", choices=("auto", "shm", "zmq"), default="auto", help="how KV moves (auto)")
+    parser.add_argument(
+        "--cache", metavar="SIZE", help="a KV cache in host memory that all instances share, for example 8GiB"
+    )
     parser.add_argument("--start", choices=("fork", "plain"), help="how instances start (fork on CPUs, else plain)")
     return _call("cluster.serve", parser.parse(_joined(arguments)))
 
@@ -99,11 +108,25 @@ def _instance(arguments: Sequence[str]) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="this host's address as the others reach it (127.0.0.1)")
     parser.add_argument("--port", type=int, default=0, help="of its OpenAI server (a free one)")
     parser.add_argument("--name", help="unique behind one proxy")
+    parser.add_argument("--cache", metavar="unix:PATH", help="the host's cache server, if there is one")
     parser.add_argument("--transport", choices=("auto", "shm", "zmq"), default="auto", help="how KV moves (auto)")
     own, _, passed = _split(arguments)
     options = parser.parse(own)
     options.passed = tuple(passed)
     return _call("cluster.single", options)
+
+
+def _cache(arguments: Sequence[str]) -> int:
+    """`baton cache serve SIZE`, `baton cache stats`, `baton cache drop`."""
+    if not arguments or arguments[0] not in _CACHE:
+        raise ConfigError(f"baton cache needs one of: {', '.join(_CACHE)}")
+    name = arguments[0]
+    parser = _Parser(f"baton cache {name}", description=_CACHE[name], allow_abbrev=False)
+    if name == "serve":
+        parser.add_argument("size", help="of its memory, for example 8GiB")
+    parser.add_argument("--socket", help="where it listens (one per user and host)")
+    options = parser.parse(arguments[1:])
+    return int(getattr(importlib.import_module("cluster.cache_command"), name)(options))
 
 
 def _demo(arguments: Sequence[str]) -> int:

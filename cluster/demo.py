@@ -103,9 +103,10 @@ def table(records: dict[str, dict[str, Any]]) -> str:
     rows += [("path", [_path(record) for record in records.values()])]
     for moment in _MOMENTS:
         rows += [(moment.replace("_", " "), [_ms(record, moment) for record in records.values()])]
-    for key in ("prompt", "handed_over", "found_locally", "computed"):
+    for key in ("prompt", "handed_over", "found_locally", "from_cache", "computed"):
         name = "prompt tokens" if key == "prompt" else f"  {key.replace('_', ' ')}"
-        rows += [(name, [_shown(record["tokens"].get(key)) for record in records.values()])]
+        if key != "from_cache" or any(record["tokens"].get(key) for record in records.values()):
+            rows += [(name, [_shown(record["tokens"].get(key)) for record in records.values()])]
     rows += [("bytes moved", [f"{record.get('bytes') or 0:,}" for record in records.values()])]
     rows += [("GB/s", [_rate(record) for record in records.values()])]
     width = max(len(cell) for _, cells in rows for cell in cells)

@@ -1,6 +1,6 @@
 """Makes a topology real on this machine: a proxy, instances behind it, and someone who starts again what died.
 
-    launcher ─┬─ proxy
+    launcher ─┬─ proxy, cache server
               ├─ zygote ─┬─ prefill-0 ── engine core      each arrow: own process group, and a tie by which the
               │          └─ decode-0  ── engine core      kernel kills the child when its parent dies
               └─ supervisor (a thread)
@@ -21,6 +21,7 @@ from types import TracebackType
 import msgspec
 
 from cluster import plan
+from cluster.cache import CacheMember, socket_of
 from cluster.members import InstanceMember, Member, get, plain_starter
 from cluster.options import ClusterOptions, Start
 from cluster.processes import start_child, stop_groups
@@ -72,14 +73,21 @@ class Cluster:
 
     @property
     def members(self) -> list[Member]:
-        """Everything that is supervised: the instances and the proxy."""
-        return [*self._parts.instances, *([self._parts.proxy] if self._parts.proxy else [])]
+        """Everything that is supervised: the instances, the proxy and the cache server."""
+        parts = self._parts
+        return [*parts.instances, *([parts.proxy] if parts.proxy else []), *([parts.cache] if parts.cache else [])]
 
     @property
     def proxy(self) -> Member:
         if self._parts.proxy is None:
             raise BatonError("the cluster is not started")
         return self._parts.proxy
+
+    @property
+    def cache(self) -> CacheMember:
+        if self._parts.cache is None:
+            raise BatonError("the cluster has no cache server of its own")
+        return self._parts.cache
 
     @property
     def failed(self) -> str:
@@ -108,14 +116,16 @@ class Cluster:
         parts = self._parts
         parts.folder = RunFolder.create()
         parts.proxy = self._start_proxy(parts.folder)
+        socket = self._start_cache(parts.folder)
         zygote = self._start_zygote(parts.folder)
         for spec in self._specs:
+            spec = plan.with_cache(spec, socket) if socket else spec
             member = self._member(spec, parts.folder, zygote)
             parts.instances.append(member)
             member.start()
         self.wait_ready()
         if self._options.restart:
-            parts.supervisor = Supervisor([parts.proxy, *parts.instances], self._note, self._silent)
+            parts.supervisor = Supervisor(list(reversed(self.members)), self._note, self._silent)
             parts.supervisor.start()
 
     def wait_ready(self, timeout_s: float | None = None) -> None:
@@ -146,8 +156,24 @@ class Cluster:
             parts.zygote.close()
         if parts.supervisor:
             parts.supervisor.release()
+        if parts.cache:
+            parts.cache.release()
         if parts.folder:
             parts.folder.remove()
+
+    def _start_cache(self, folder: RunFolder) -> str:
+        """The socket of the host's KV cache; empty if none was asked for."""
+        spec = self._options.cache
+        if spec is None:
+            return ""
+        if spec.socket:
+            return socket_of(f"unix:{spec.socket}")
+        cache = self._parts.cache = CacheMember(spec.num_bytes, folder.path)
+        cache.start()
+        self._wait(lambda: "" if cache.is_ready() else "cache server", 30.0)
+        if self._progress:
+            self._progress.done(f"KV cache of {spec.num_bytes / 2**30:.3g} GiB at unix:{cache.socket}")
+        return str(cache.socket)
 
     def _start_proxy(self, folder: RunFolder) -> Member:
         command = [sys.executable, "-P", "-m", "proxy", "--host", self._address.host, "--port", str(self._address.port)]
@@ -232,6 +258,7 @@ class _Parts:
     def __init__(self) -> None:
         self.folder: RunFolder | None = None
         self.proxy: Member | None = None
+        self.cache: CacheMember | None = None
         self.zygote: Zygote | None = None
         self.supervisor: Supervisor | None = None
         self.instances: list[InstanceMember] = []

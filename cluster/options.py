@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from cluster.bundled import bundled_model
+from cluster.cache import CacheSpec
 from core.handoff import Role
 from engine.instance import ServedModel
 
@@ -25,6 +26,7 @@ class ClusterOptions(msgspec.Struct, frozen=True):
 
     arguments_*: for `vllm serve`, by role. connector: options of every connector (engine/settings.py), connector_*: of
     one role's. start: None takes the fastest that this vLLM knows. environment: for the instances.
+    cache: the KV cache that all instances share; None: each keeps its own blocks only.
     restart: start again what dies. start_timeout_s: until all are ready.
     """
 
@@ -41,6 +43,7 @@ class ClusterOptions(msgspec.Struct, frozen=True):
     connector_decode: dict[str, Any] = {}
     environment: dict[str, str] = {}
     proxy_arguments: tuple[str, ...] = ()
+    cache: CacheSpec | None = None
     restart: bool = True
     start_timeout_s: float = 900.0
 

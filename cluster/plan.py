@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import msgspec
+
 from cluster import cores
 from cluster.options import ClusterOptions, Start
 from cluster.ports import LOOPBACK, WILDCARDS, Address, check_free, free_ports, is_loopback
@@ -29,7 +31,7 @@ def instances(topology: Topology, options: ClusterOptions, proxy_url: str, build
             host=host,
             port=ports[index],
             join=proxy_url,
-            plain=topology.num_prefill == 0,
+            plain=topology.num_prefill == 0 and options.cache is None,
             transport=options.transport,
             cores=shares[index],
             arguments=options.arguments(role),
@@ -38,11 +40,16 @@ def instances(topology: Topology, options: ClusterOptions, proxy_url: str, build
         )
         for index, role in enumerate(roles)
     ]
-    check(specs, build)
+    check(specs, build, options.cache.num_bytes if options.cache else 0)
     return specs
 
 
-def check(specs: list[InstanceSpec], build: Build) -> None:
+def with_cache(spec: InstanceSpec, socket: str) -> InstanceSpec:
+    """The same instance with the host's KV cache behind it."""
+    return msgspec.structs.replace(spec, connector={"cache": socket} | spec.connector)
+
+
+def check(specs: list[InstanceSpec], build: Build, cache_bytes: int = 0) -> None:
     """Everything that can be known before a start."""
     for spec in specs:
         spec.serve_arguments(build.device)
@@ -50,7 +57,7 @@ def check(specs: list[InstanceSpec], build: Build) -> None:
         check_arguments(spec.arguments, plain=spec.plain)
         check_model(spec.model.path, plain=spec.plain)
     if build.device is Device.CPU:
-        check_memory(specs)
+        check_memory(specs, cache_bytes)
 
 
 def proxy_address(options: ClusterOptions) -> Address:

@@ -31,8 +31,11 @@ class Child(Protocol):
         """Its exit code (negative: by that signal), None while it runs."""
 
 
-def start_child(command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """Starts a command in its own session, output to a file, killed with the calling thread."""
+def start_child(
+    command: Sequence[str], environment: Mapping[str, str], log: Path, keep_fds: Sequence[int] = ()
+) -> subprocess.Popen[bytes]:
+    """Starts a command in its own session, output to a file, killed with the calling thread. keep_fds: descriptors
+    that it inherits."""
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     with log.open("ab") as output:
         return subprocess.Popen(
@@ -41,6 +44,7 @@ def start_child(command: Sequence[str], environment: Mapping[str, str], log: Pat
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=keep_fds,
             env=variables | dict(environment),
         )
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cluster.bundled import served_model
+from cluster.cache import CacheSpec
 from cluster.launcher import Cluster
 from cluster.options import ClusterOptions, Start
 from cluster.progress import Progress
@@ -31,6 +32,7 @@ def run(options: argparse.Namespace) -> int:
             start=Start(options.start) if options.start else None,
             arguments_prefill=options.prefill_args,
             arguments_decode=options.decode_args,
+            cache=CacheSpec.parse(options.cache) if options.cache else None,
         ),
         Progress(sys.stderr),
     )

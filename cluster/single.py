@@ -12,6 +12,7 @@ from contextlib import suppress
 
 from cluster import plan
 from cluster.bundled import served_model
+from cluster.cache import socket_of
 from cluster.members import InstanceMember, get, plain_starter
 from cluster.ports import check_free, free_ports
 from cluster.processes import stop_groups
@@ -59,6 +60,7 @@ def _spec(options: argparse.Namespace) -> InstanceSpec:
         join=options.join,
         transport=options.transport,
         arguments=options.passed,
+        connector={"cache": socket_of(options.cache)} if options.cache else {},
     )
 
 

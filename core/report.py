@@ -11,6 +11,15 @@ import msgspec
 from core.handoff import Role
 
 
+class FromCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one tier of the KV cache gave one request, counted by the worker that compared it. seconds: of the copy."""
+
+    tier: str
+    tokens: int
+    num_bytes: int
+    seconds: float
+
+
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One instance's account of one request; a later report of the same role and id replaces an earlier one.
 
@@ -18,7 +27,8 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         the look-up), `fell_back` (asked for, but computed locally), `cancelled`, `sent`, `refused`, `failed`.
     why: one word or sentence for the outcome, for people and for the metric's label.
     tokens: of the prompt. handed_over is counted by the worker that received and checked the blocks.
-    num_bytes: bytes of KV that arrived (decode) or left (prefill).
+    num_bytes: bytes of KV that arrived from P (decode) or left (prefill).
+    from_cache: what each tier of the KV cache gave.
     moments: unix seconds by name.
     detail: counters that tests and benchmarks read, for example `bytes_before_last_layer`.
     """
@@ -36,3 +46,4 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_bytes: int = 0
     moments: dict[str, float] = {}
     detail: dict[str, float] = {}
+    from_cache: list[FromCache] = []

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from core.handoff import Role
-from core.report import Report
+from core.report import FromCache, Report
 from decode.land import Received
 
 MAX_ACCOUNTS = 20_000
@@ -32,6 +32,7 @@ class Account:
     num_bytes: int = 0
     moments: dict[str, float] = field(default_factory=dict)
     detail: dict[str, float] = field(default_factory=dict)
+    from_cache: list[FromCache] = field(default_factory=list)
 
 
 class Accounts:
@@ -74,6 +75,19 @@ class Accounts:
         account.detail["audited_pairs"] = received.audited
         account.detail["unwritten_pairs"] = received.unwritten
 
+    def loaded(self, request_id: str, handoff: str, load: FromCache, num_prompt: int, found_tokens: int) -> None:
+        """The worker has loaded and compared blocks of the KV cache, behind `found_tokens` of the engine's own."""
+        self.found(request_id, handoff, num_prompt, found_tokens)
+        self.of(handoff).from_cache.append(load)
+
+    def lost(self, request_id: str, handoff: str, why: str) -> None:
+        """Blocks from outside are not what they should be: the engine computes the whole prompt."""
+        self._counted.add(request_id)
+        account = self.of(handoff)
+        account.outcome, account.why = "fell_back", why
+        account.handed_over = account.found_locally = account.num_bytes = 0
+        account.from_cache = []
+
     def forget(self, request_id: str) -> None:
         """The engine is done with a request; the account of its ticket stays."""
         self._counted.discard(request_id)
@@ -96,5 +110,6 @@ class Accounts:
                 num_bytes=account.num_bytes,
                 moments=dict(account.moments),
                 detail=dict(account.detail),
+                from_cache=list(account.from_cache),
             )
         )

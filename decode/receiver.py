@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from core.handoff import Peer
 from core.layout import KVLayout
 from core.prompt import Prompt
+from core.report import FromCache
 from decode.accounts import Account, Accounts
 from decode.admission import Capacity, Limits, RecomputeBudget, fits
 from decode.land import Arm, Check, Drop, LandCommands, LandResults, Received
@@ -35,13 +36,15 @@ SILENT_PEER_S = 5.0
 
 @dataclass
 class Incoming:
-    """One hand-off as the decode side sees it. `retried`: it failed, and the engine computes the prompt."""
+    """One hand-off as the decode side sees it: tokens found in the engine's cache, then those of the KV cache's tiers,
+    then those asked from P. `retried`: it failed, and the engine computes the prompt."""
 
     prompt: Prompt
     prefill: Peer
     deadline_s: float
     state: Receiving = Receiving.NEW
     found_tokens: int = 0
+    cached_tokens: int = 0
     asked_tokens: int = 0
     block_ids: tuple[int, ...] = ()
     retried: bool = False
@@ -116,8 +119,11 @@ class Receiver:
                 return None
             return missing
 
-    def reserve(self, request_id: str, block_ids: list[int], num_tokens: int, found_tokens: int) -> None:
-        """The engine has allocated all blocks of the request; `num_tokens` of them are to come from P."""
+    def reserve(
+        self, request_id: str, block_ids: list[int], num_tokens: int, found_tokens: int, cached_tokens: int = 0
+    ) -> None:
+        """The engine has allocated all blocks of the request; behind those that it found and those that the KV cache
+        gives, `num_tokens` are to come from P."""
         with self._lock:
             incoming = self._by_request.get(request_id)
             if incoming is None or incoming.state is not Receiving.NEW or incoming.retried:
@@ -125,9 +131,14 @@ class Receiver:
             if num_tokens <= 0:
                 self._decline(incoming, "the engine does not read caches for this request")
                 return
-            first = found_tokens // self._block_size
-            wanted = block_ids[first : -(-(found_tokens + num_tokens) // self._block_size)]
-            incoming.found_tokens, incoming.asked_tokens = found_tokens, num_tokens
+            before = found_tokens + cached_tokens
+            first = before // self._block_size
+            wanted = block_ids[first : -(-(before + num_tokens) // self._block_size)]
+            incoming.found_tokens, incoming.cached_tokens, incoming.asked_tokens = (
+                found_tokens,
+                cached_tokens,
+                num_tokens,
+            )
             incoming.block_ids = tuple(wanted)
             incoming.accept = self._accept(incoming, first)
             self._move(incoming, Event.RESERVE)
@@ -152,6 +163,17 @@ class Receiver:
         """The engine admitted a request with `found_tokens` of its own prefix cache and nothing from P."""
         with self._lock:
             self._accounts.found(request_id, handoff, num_prompt, found_tokens)
+
+    def loaded(self, request_id: str, handoff: str, load: FromCache, num_prompt: int, found_tokens: int) -> None:
+        """The KV cache gave a part, behind `found_tokens` of the engine's own."""
+        with self._lock:
+            self._accounts.loaded(request_id, handoff, load, num_prompt, found_tokens)
+
+    def load_lost(self, request_id: str, handoff: str, why: str) -> None:
+        """The KV cache's part is not what it should be, so the engine computes everything."""
+        with self._lock:
+            self._accounts.lost(request_id, handoff, why)
+            self._accounts.publish(handoff)
 
     def finished(self, request_id: str) -> None:
         """The engine is done with the request: completed, or its client is gone."""
@@ -264,7 +286,7 @@ class Receiver:
             prompt_hash=prompt.hash,
             first_block=first_block,
             block_ids=list(incoming.block_ids),
-            num_tokens=incoming.found_tokens + incoming.asked_tokens,
+            num_tokens=incoming.found_tokens + incoming.cached_tokens + incoming.asked_tokens,
             schemes=self._offer.schemes,
             full_digest=self._offer.full_digest,
             timeout_s=max(incoming.deadline_s - self._ports.clock.monotonic_s(), 1.0),

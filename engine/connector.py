@@ -54,7 +54,8 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker: WorkerSide | None = None
         self._results: StepResults | None = None
         if role is KVConnectorRole.SCHEDULER:
-            self._scheduler = SchedulerSide(settings, layout, kv_cache_config.num_blocks)
+            algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)
+            self._scheduler = SchedulerSide(settings, layout, kv_cache_config.num_blocks, algorithm)
         else:
             self._worker = WorkerSide(settings, layout.block_size, vllm_config.device_config.device_type)
 
@@ -104,9 +105,9 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker is None:
             return KVConnectorTransferResults()
         self._results = results = self._worker.end()
-        lost = {item.request_id for item in results.land.lost}
-        received = {item.request_id for item in results.land.received}
-        return KVConnectorTransferResults(finished_recving=received | lost, failed_recving=lost)
+        arrived = {item.request_id for item in results.arrived}
+        lost = {item.request_id for item in results.arrived if item.why_lost}
+        return KVConnectorTransferResults(finished_recving=arrived, failed_recving=lost)
 
     @never_raises(None)
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
@@ -135,12 +136,18 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is not None:
             self._scheduler.watch_pool(kv_cache_manager.block_pool.get_num_free_blocks)
 
+    @never_raises(None)
+    def on_new_request(self, request: Any) -> None:
+        """A request has come: ask the cache before the scheduler looks at it."""
+        if self._scheduler is not None:
+            self._scheduler.arrived(request)
+
     @never_raises(_COMPUTE_LOCALLY)
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """How many tokens come from P; (None, False): ask again."""
+        """How many tokens come from the cache and from P; (None, False): ask again."""
         if self._scheduler is None:
             return 0, False
-        num_tokens = self._scheduler.num_tokens_from_peer(request, num_computed_tokens)
+        num_tokens = self._scheduler.num_tokens_from_outside(request, num_computed_tokens)
         return num_tokens, bool(num_tokens)
 
     def get_loaded_kv_cache_group_ids(self, request: Any) -> tuple[int, ...]:
@@ -149,7 +156,7 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):
 
     @never_raises(None)
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """Blocks are allocated: ask P to fill them."""
+        """Blocks are allocated: load them, and ask P to fill the rest."""
         if self._scheduler is not None:
             self._scheduler.allocated(request, list(blocks.get_block_ids()[0]), num_external_tokens)
 

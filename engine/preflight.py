@@ -75,15 +75,16 @@ def check_model(model: str, *, plain: bool) -> None:
             raise UnsupportedError(f"{kind} are not supported: {model} is a {config.get('model_type', 'model')} model")
 
 
-def check_memory(specs: Sequence[InstanceSpec]) -> None:
+def check_memory(specs: Sequence[InstanceSpec], cache_bytes: int = 0) -> None:
     """Raises ConfigError if KV caches and weights would not fit into this machine's free memory."""
-    wanted = sum(_bytes_of(spec) for spec in specs)
+    wanted = sum(_bytes_of(spec) for spec in specs) + cache_bytes
     free = free_memory_bytes()
     if wanted > free:
         kv = " + ".join(f"{_kv_bytes(spec) / 2**30:.1f}" for spec in specs)
         raise ConfigError(
             f"too little memory: {len(specs)} instance(s) need about {wanted / 2**30:.1f} GiB (KV cache {kv} GiB, "
-            f"the rest is weights and processes), {free / 2**30:.1f} GiB are free; lower --kv-cache-memory-bytes"
+            f"{_shared(cache_bytes)}the rest is weights and processes), {free / 2**30:.1f} GiB are free; lower "
+            f"--kv-cache-memory-bytes{' or --cache' if cache_bytes else ''}"
         )
 
 
@@ -167,6 +168,10 @@ _REFUSED: dict[str, Callable[[dict[str, Any]], bool]] = {
     "encoder-decoder models": _has_encoder,
     "models with a quantised KV cache": _has_quantised_cache,
 }
+
+
+def _shared(cache_bytes: int) -> str:
+    return f"shared cache {cache_bytes / 2**30:.1f} GiB, " if cache_bytes else ""
 
 
 def _bytes_of(spec: InstanceSpec) -> int:

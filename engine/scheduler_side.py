@@ -19,14 +19,17 @@ from core.errors import ProtocolError
 from core.handoff import Handoff, Peer, handoff_from_params
 from core.layout import PROTOCOL_VERSION, KVLayout
 from core.prompt import Prompt
-from core.report import Report
+from core.report import FromCache, Report
 from core.topology import InstanceInfo
 from decode.accounts import Accounts
 from decode.admission import Capacity
 from decode.receiver import Offer, Receiver
+from engine.arrivals import Arrived
+from engine.cache_side import CacheScheduler, refuse_hash
 from engine.internals import IdleSleep, prompt_of
 from engine.settings import ConnectorSettings
 from engine.steps import Handshake, StepOrders, StepResults
+from kvcache.orders import CacheOrders
 from prefill.sender import Gate, Sender
 from transport.control import Callbacks, ControlPlane, Identity
 from transport.faultpoint import FaultPoint
@@ -40,13 +43,18 @@ IDLE_SLEEP_S = 0.1
 GROWTH_BLOCKS = 4
 """Blocks that a running request is assumed to need soon, at most: head-room that hand-offs may not take."""
 
+HOST = "host"
+"""The tier of the arena, as the request's record names it."""
+
 _log = init_logger("vllm.baton")
 
 
 class SchedulerSide:
     """One instance's hand-off scheduling."""
 
-    def __init__(self, settings: ConnectorSettings, layout: KVLayout, num_blocks: int) -> None:
+    def __init__(
+        self, settings: ConnectorSettings, layout: KVLayout, num_blocks: int, hash_algorithm: str = "sha256"
+    ) -> None:
         self._settings = settings
         self._layout = layout
         self._fingerprint = layout.fingerprint()
@@ -57,6 +65,7 @@ class SchedulerSide:
         self._prompts: dict[str, Prompt] = {}
         self._tickets: dict[str, Handoff | None] = {}
         self._found: dict[str, int] = {}
+        self._cached: dict[str, int] = {}
         self._num_watched = 0
         self._num_gated = 0
         self._schemes: list[tuple[str, bytes]] = []
@@ -74,6 +83,11 @@ class SchedulerSide:
             faults=FaultPoint(settings.fault),
         )
         self._sender = Sender(self.me, layout, self._ports)
+        self._accounts = Accounts(settings.name, self._report)
+        self._cache: CacheScheduler | None = None
+        if settings.cache:
+            refuse_hash(hash_algorithm)
+            self._cache = CacheScheduler(settings, layout, self.me.boot_id, hash_algorithm, self._sleep.wake)
 
     # ---- start and end ----
 
@@ -82,8 +96,7 @@ class SchedulerSide:
         settings = self._settings
         self._schemes = handshake.schemes
         offer = Offer(self._layout, handshake.schemes, settings.full_digest, settings.audit)
-        accounts = Accounts(settings.name, self._report)
-        self._receiver = Receiver(self.me, offer, self._ports, accounts, settings.limits)
+        self._receiver = Receiver(self.me, offer, self._ports, self._accounts, settings.limits)
         if settings.join:
             self._join = JoinThread(settings.join, self._info)
         names = ", ".join(scheme for scheme, _ in handshake.schemes)
@@ -104,38 +117,40 @@ class SchedulerSide:
         if self._join is not None:
             self._join.close()
         self._control.close()
+        if self._cache is not None:
+            self._cache.close()
 
     # ---- hooks, in the order of one step ----
 
-    def num_tokens_from_peer(self, request: Any, found_tokens: int) -> int | None:
-        """Tokens to take from P after those found locally; None: ask again in the next step."""
-        handoff = self._ticket(request)
-        if handoff is None or self._receiver is None:
-            return 0
-        prompt = self._prompt(request, handoff)
-        self._found[request.request_id] = found_tokens
-        if handoff.prefill is not None and handoff.prefill.boot_id == self.me.boot_id:
-            gate = self._sender.admit(prompt)
-            self._num_gated += gate is Gate.WAIT
-            return None if gate is Gate.WAIT else 0
-        if handoff.decode.boot_id != self.me.boot_id:
-            return 0
-        num_tokens = self._receiver.look_up(prompt, found_tokens, self._capacity)
+    def arrived(self, request: Any) -> None:
+        """A request is new. One that P computes for us is looked for in the cache, but not stored by us."""
+        if self._cache is not None:
+            handoff = self._ticket(request)
+            awaits_peer = handoff is not None and handoff.prefill is not None and not self._is_sender(handoff)
+            self._cache.arrived(request, computes=not awaits_peer)
+
+    def num_tokens_from_outside(self, request: Any, found_tokens: int) -> int | None:
+        """Tokens to take, after those found locally, from the cache and then from P; None: ask again in the next
+        step."""
+        num_tokens = self._plan(request, found_tokens)
         self._num_gated += num_tokens is None
         return num_tokens
 
     def allocated(self, request: Any, block_ids: list[int], num_tokens: int) -> None:
-        """The engine has allocated blocks; num_tokens of the prompt are to come from P."""
+        """The engine has allocated blocks; num_tokens of the prompt are to come from outside."""
         request_id = request.request_id
         self._requests[request_id] = request
+        found = self._found.get(request_id, 0)
+        cached = min(self._cached.pop(request_id, 0), num_tokens)
+        if self._cache is not None:
+            self._cache.allocated(request_id, block_ids, found, cached)
         handoff = self._ticket(request)
         if handoff is None or self._receiver is None:
             return
-        if handoff.prefill is not None and handoff.prefill.boot_id == self.me.boot_id:
+        if self._is_sender(handoff):
             self._sender.started(request_id)
             return
-        found = self._found.get(request_id, 0)
-        self._receiver.reserve(request_id, block_ids, num_tokens, found)
+        self._receiver.reserve(request_id, block_ids, num_tokens - cached, found, cached)
         if num_tokens == 0:
             self._receiver.found(request_id, handoff.id, request.num_prompt_tokens, found)
 
@@ -148,30 +163,82 @@ class SchedulerSide:
             self._note_chunk(scheduled, request_id, num_new)
         if self._receiver is None:
             return StepOrders()
-        return StepOrders(self._sender.take_commands(), self._receiver.take_commands())
+        cache = self._cache.orders() if self._cache is not None else CacheOrders()
+        return StepOrders(self._sender.take_commands(), self._receiver.take_commands(), cache)
 
     def results(self, results: StepResults) -> set[str]:
         """The worker's answer. Returns engine requests whose blocks no transfer reads any more."""
         self._num_watched = results.num_watched
         if self._receiver is not None:
             self._receiver.on_results(results.land)
+        if self._cache is not None:
+            self._cache.results(results.cache)
+            for arrived in results.arrived:
+                self._note_arrived(arrived)
         return set(self._sender.on_results(results.push))
 
     def finished(self, request: Any, *, completed: bool) -> bool:
         """The engine is done with a request. True: keep its blocks until `results` names it."""
         request_id = request.request_id
         handoff = self._ticket(request)
-        tables: tuple[dict[str, Any], ...] = (self._requests, self._prompts, self._tickets, self._found)
+        tables: tuple[dict[str, Any], ...] = (
+            self._requests,
+            self._prompts,
+            self._tickets,
+            self._found,
+            self._cached,
+        )
         for table in tables:
             table.pop(request_id, None)
+        if self._cache is not None:
+            self._cache.finished(request_id)
         if handoff is None or self._receiver is None:
             return False
-        if handoff.prefill is not None and handoff.prefill.boot_id == self.me.boot_id:
+        if self._is_sender(handoff):
             return self._sender.finished(request_id, completed=completed)
         self._receiver.finished(request_id)
         return False
 
     # ---- inside ----
+
+    def _is_sender(self, handoff: Handoff) -> bool:
+        return handoff.prefill is not None and handoff.prefill.boot_id == self.me.boot_id
+
+    def _plan(self, request: Any, found_tokens: int) -> int | None:
+        """[own prefix cache][the host's cache][P], in prefix order."""
+        request_id = request.request_id
+        self._found[request_id] = found_tokens
+        handoff = self._ticket(request)
+        cached: int | None = 0
+        if self._cache is not None:
+            cached = self._cache.look_up(request, found_tokens)
+        if handoff is not None and self._receiver is not None and self._is_sender(handoff):
+            gate = self._sender.admit(self._prompt(request, handoff))
+            cached = None if gate is Gate.WAIT else cached
+        if cached is None:
+            return None
+        self._cached[request_id] = cached
+        if handoff is None or self._receiver is None or handoff.decode.boot_id != self.me.boot_id:
+            return cached
+        from_peer = self._receiver.look_up(self._prompt(request, handoff), found_tokens + cached, self._capacity)
+        return None if from_peer is None else cached + from_peer
+
+    def _note_arrived(self, arrived: Arrived) -> None:
+        """What the cache gave one request, for its record."""
+        request = self._requests.get(arrived.request_id)
+        handoff = self._tickets.get(arrived.request_id)
+        if request is None or handoff is None or self._receiver is None or arrived.loaded is None:
+            return
+        num_tokens = min(arrived.loaded.num_blocks * self._layout.block_size, request.num_prompt_tokens - 1)
+        load = FromCache(HOST, num_tokens, arrived.loaded.num_bytes, arrived.loaded.seconds)
+        if self._is_sender(handoff):
+            if not arrived.why_lost:
+                self._sender.loaded(arrived.request_id, load)
+        elif arrived.why_lost:
+            self._receiver.load_lost(arrived.request_id, handoff.id, arrived.why_lost)
+        else:
+            found = self._found.get(arrived.request_id, 0)
+            self._receiver.loaded(arrived.request_id, handoff.id, load, request.num_prompt_tokens, found)
 
     def _ticket(self, request: Any) -> Handoff | None:
         if request.request_id in self._tickets:
@@ -192,15 +259,20 @@ class SchedulerSide:
 
     def _note_chunk(self, scheduled: Any, request_id: str, num_new: int) -> None:
         request = self._requests.get(request_id)
-        handoff = self._tickets.get(request_id)
-        if request is None or handoff is None or self._receiver is None:
+        if request is None or self._receiver is None:
             return
         done_before, num_prompt = request.num_computed_tokens, request.num_prompt_tokens
-        if done_before >= num_prompt:
+
+        def block_ids() -> list[int]:
+            return list(scheduled.kv_connector_block_state.resolve_block_ids(request_id)[0])
+
+        if self._cache is not None:
+            self._cache.scheduled(request, done_before + num_new, block_ids)
+        handoff = self._tickets.get(request_id)
+        if handoff is None or done_before >= num_prompt:
             return
-        if handoff.prefill is not None and handoff.prefill.boot_id == self.me.boot_id:
-            block_ids = list(scheduled.kv_connector_block_state.resolve_block_ids(request_id)[0])
-            self._sender.chunk(request_id, min(done_before + num_new, num_prompt), block_ids)
+        if self._is_sender(handoff):
+            self._sender.chunk(request_id, min(done_before + num_new, num_prompt), block_ids())
         else:
             self._receiver.scheduled(request_id, handoff.id, done_before, num_new, num_prompt)
 

@@ -20,6 +20,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     host: interface that control and data sockets bind to; loopback unless told otherwise.
     transport: auto, shm or zmq. full_digest: every byte counts in the digest also over shm.
     audit: fill blocks with a pattern before asking for them, and count afterwards what was not written.
+    cache: the socket of the host's cache server; empty: KV is kept in the engine alone.
     fault, faulty: for tests of recovery, see transport/faultpoint.py and transport/faulty.py.
     """
 
@@ -34,6 +35,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     limits: Limits = Limits()
     fault: Fault | None = None
     faulty: dict[str, int] = {}
+    cache: str = ""
 
     @classmethod
     def parse(cls, options: dict[str, Any]) -> ConnectorSettings:

@@ -11,6 +11,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from decode.land import LandCommands, LandResults
+from engine.arrivals import Arrived
+from kvcache.orders import CacheOrders, CacheResults
 from prefill.push import PushCommands, PushResults
 
 
@@ -27,14 +29,18 @@ class StepOrders(KVConnectorMetadata):
 
     push: PushCommands = field(default_factory=PushCommands)
     land: LandCommands = field(default_factory=LandCommands)
+    cache: CacheOrders = field(default_factory=CacheOrders)
 
 
 @dataclass
 class StepResults(KVConnectorWorkerMetadata):
-    """Worker to scheduler, every step. num_watched: hand-offs whose end comes without a message."""
+    """Worker to scheduler, every step. arrived: waiting requests that are reported to vLLM now. num_watched: copies
+    and hand-offs whose end comes without a message."""
 
     push: PushResults = field(default_factory=PushResults)
     land: LandResults = field(default_factory=LandResults)
+    cache: CacheResults = field(default_factory=CacheResults)
+    arrived: list[Arrived] = field(default_factory=list)
     num_watched: int = 0
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:

@@ -7,10 +7,13 @@ import torch
 from core.clock import SystemClock
 from core.errors import UnsupportedError
 from decode.lander import Lander
+from engine.arrivals import Arrivals, Part
+from engine.cache_side import CacheWorker
 from engine.layout import regions_of
 from engine.memory import CacheMemory
 from engine.settings import ConnectorSettings
 from engine.steps import Handshake, StepOrders, StepResults
+from kvcache.orders import CacheResults
 from prefill.pusher import Pusher
 from transport.base import Memory, Transport
 from transport.choose import make_transport
@@ -43,6 +46,8 @@ class WorkerSide:
             self._transports[scheme] = transport
         self._pusher: Pusher | None = None
         self._lander: Lander | None = None
+        self._cache: CacheWorker | None = None
+        self._arrivals = Arrivals()
 
     def memory_context(self) -> CacheMemory:
         """The context in which vLLM allocates its KV cache."""
@@ -59,6 +64,8 @@ class WorkerSide:
         faults = FaultPoint(self._settings.fault)
         self._pusher = Pusher(self._transports, regions, self._block_size, self._clock, faults)
         self._lander = Lander(self._transports, regions, self._clock, faults)
+        if self._settings.cache:
+            self._cache = CacheWorker(self._settings, regions, faults)
 
     def handshake(self) -> Handshake:
         """What the scheduler's side offers to peers."""
@@ -66,14 +73,24 @@ class WorkerSide:
 
     def begin(self, orders: StepOrders) -> None:
         """Before the forward pass."""
-        if self._pusher is not None and self._lander is not None:
-            self._lander.begin_step(orders.land)
-            self._pusher.begin_step(orders.push)
+        if self._pusher is None or self._lander is None:
+            return
+        for arm in orders.land.arm:
+            self._arrivals.expect(arm.request_id, Part.PEER)
+        for load in orders.cache.loads:
+            self._arrivals.expect(load.request_id, Part.CACHE)
+        self._lander.begin_step(orders.land)
+        self._pusher.begin_step(orders.push)
+        if self._cache is not None:
+            self._cache.begin(orders.cache)
 
     def layer_done(self, layer_name: str) -> None:
-        """Right after one layer of the forward pass."""
+        """Right after one layer of the forward pass: first what a peer waits for."""
+        layer = self._layers[layer_name]
         if self._pusher is not None:
-            self._pusher.save_layer(self._layers[layer_name])
+            self._pusher.save_layer(layer)
+        if self._cache is not None:
+            self._cache.layer_done(layer)
 
     def forward_done(self) -> None:
         """After the forward pass."""
@@ -85,10 +102,23 @@ class WorkerSide:
         if self._pusher is None or self._lander is None:
             return StepResults()
         push, land = self._pusher.end_step(), self._lander.end_step()
-        return StepResults(push, land, self._pusher.num_in_flight() + self._lander.num_waiting())
+        num_watched = self._pusher.num_in_flight() + self._lander.num_waiting()
+        cache = CacheResults()
+        if self._cache is not None:
+            cache = self._cache.end()
+            num_watched += self._cache.num_running()
+        for received in land.received:
+            self._arrivals.end(received.request_id, Part.PEER)
+        for lost in land.lost:
+            self._arrivals.end(lost.request_id, Part.PEER, lost.why or "lost")
+        for loaded in cache.loaded:
+            self._arrivals.end(loaded.request_id, Part.CACHE, loaded.why, loaded)
+        return StepResults(push, land, cache, self._arrivals.take(), num_watched)
 
     def close(self) -> None:
-        """Ends every transport's thread and connection."""
+        """Ends every thread and connection."""
+        if self._cache is not None:
+            self._cache.close()
         if self._pusher is not None:
             self._pusher.close()
         for transport in self._transports.values():

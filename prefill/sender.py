@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from core.handoff import Peer, Role
 from core.layout import KVLayout
 from core.prompt import Prompt
-from core.report import Report
+from core.report import FromCache, Report
 from prefill.push import PushChunk, PushCommands, Pushed, PushResults, PushTarget
 from transport.handoff import Event, Sending, advance_sending, allows
 from transport.messages import Accept, Cancel, Cancelled, Decline, Failed, Landed, Message, Refused
@@ -52,6 +52,7 @@ class Outgoing:
     finished: bool = False
     why: str = ""
     pushed: Pushed | None = None
+    from_cache: list[FromCache] = field(default_factory=list)
     moments: dict[str, float] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -96,6 +97,13 @@ class Sender:
             out = self._by_request.get(request_id)
             if out is not None and allows(out.state, Event.START):
                 self._move(out, Event.START)
+
+    def loaded(self, request_id: str, load: FromCache) -> None:
+        """The KV cache gave a part of the prompt, which is pushed as if it had been computed."""
+        with self._lock:
+            out = self._by_request.get(request_id)
+            if out is not None:
+                out.from_cache.append(load)
 
     def chunk(self, request_id: str, num_tokens: int, block_ids: list[int]) -> None:
         """A chunk is scheduled, after which `num_tokens` of the prompt are computed, in these blocks."""
@@ -366,6 +374,7 @@ class Sender:
                 num_bytes=out.pushed.num_bytes,
                 moments=out.moments,
                 detail=detail,
+                from_cache=list(out.from_cache),
             )
         )
 

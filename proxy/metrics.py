@@ -14,6 +14,19 @@ _WORD = re.compile(r"[A-Za-z0-9_.-]{1,48}")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
+_SOURCES = ("handed_over", "found_locally", "from_cache", "computed")
+
+
+def tokens_from_cache(report: Report) -> int:
+    """Of the prompt, from all tiers of the KV cache together."""
+    return sum(part.tokens for part in report.from_cache)
+
+
+def _by_source(report: Report) -> dict[str, int]:
+    counts = (report.handed_over, report.found_locally, tokens_from_cache(report), report.computed)
+    return dict(zip(_SOURCES, counts, strict=True))
+
+
 class Metrics:
     """One proxy's metrics in a registry of their own, so that several may live in one process."""
 
@@ -40,9 +53,13 @@ class Metrics:
 
     def decode_report(self, report: Report, old: Report | None) -> None:
         """Counts what the decode side says. A later report of the same request adds only what is new in it."""
-        for source in ("handed_over", "found_locally", "computed"):
-            more = getattr(report, source) - (getattr(old, source) if old else 0)
-            self._handoffs.tokens.labels(source).inc(max(0, more))
+        counted, before = _by_source(report), _by_source(old) if old else {}
+        for source, tokens in counted.items():
+            self._handoffs.tokens.labels(source).inc(max(0, tokens - before.get(source, 0)))
+        for part in report.from_cache[len(old.from_cache) if old else 0 :]:
+            tier = self._handoffs.word(part.tier)
+            self._handoffs.cache_bytes.labels(tier).inc(part.num_bytes)
+            self._handoffs.cache_seconds.labels(tier).inc(part.seconds)
         more_bytes = report.num_bytes - (old.num_bytes if old else 0)
         if more_bytes > 0:
             self._handoffs.num_bytes.labels(self._handoffs.word(report.transport)).inc(more_bytes)
@@ -70,7 +87,13 @@ class _Handoffs:
         self.skipped = Counter(
             "baton_not_handed_off", "Requests for which no hand-off was tried", ["why"], registry=registry
         )
-        for source in ("handed_over", "found_locally", "computed"):
+        self.cache_bytes = Counter(
+            "baton_cache_bytes", "Bytes of KV cache loaded, by tier", ["tier"], registry=registry
+        )
+        self.cache_seconds = Counter(
+            "baton_cache_load_seconds", "Seconds that these loads took", ["tier"], registry=registry
+        )
+        for source in _SOURCES:
             self.tokens.labels(source)
 
     def word(self, text: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from core.clock import Clock
 from core.handoff import Role
 from core.report import Report
-from proxy.metrics import Metrics
+from proxy.metrics import Metrics, tokens_from_cache
 from proxy.registry import Instance
 from proxy.router import Route
 
@@ -126,7 +126,7 @@ class Records:
 
 def _is_complete(report: Report) -> bool:
     """Every prompt token is accounted for, or nobody waits for it any more."""
-    counted = report.handed_over + report.found_locally + report.computed
+    counted = report.handed_over + report.found_locally + tokens_from_cache(report) + report.computed
     return report.outcome == "cancelled" or counted >= report.prompt_tokens > 0
 
 
@@ -166,11 +166,12 @@ def _path(record: Record, decode: Report | None) -> dict[str, str | None]:
 
 def _tokens(decode: Report | None) -> dict[str, int | None]:
     if decode is None:
-        return dict.fromkeys(("prompt", "handed_over", "found_locally", "computed"))
+        return dict.fromkeys(("prompt", "handed_over", "found_locally", "from_cache", "computed"))
     return {
         "prompt": decode.prompt_tokens,
         "handed_over": decode.handed_over,
         "found_locally": decode.found_locally,
+        "from_cache": tokens_from_cache(decode),
         "computed": decode.computed,
     }
 
@@ -193,6 +194,10 @@ def _account(report: Report | None, queued_s: float) -> dict[str, Any] | None:
         "outcome": report.outcome,
         "why": report.why,
         "bytes": report.num_bytes,
+        "from_cache": [
+            {"tier": part.tier, "tokens": part.tokens, "bytes": part.num_bytes, "ms": part.seconds * 1e3}
+            for part in report.from_cache
+        ],
         "moments_ms": {name: (at - queued_s) * 1e3 for name, at in report.moments.items()},
         **report.detail,
     }

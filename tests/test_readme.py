@@ -32,6 +32,16 @@ SUPPORTED: list[tuple[str, str, str]] = [
         "yes",
         "engine/test_join.py::test_the_readmes_lines_by_hand",
     ),
+    (
+        "KV cache in host memory, shared by all instances",
+        "yes",
+        "engine/test_cache.py::test_all_instances_share_what_one_computed_and_its_death_costs_nothing",
+    ),
+    (
+        "The cache server dies, hangs, or its memory is flipped",
+        "yes",
+        "engine/test_cache.py::test_a_flipped_bit_in_the_arena_is_computed_anew_and_counted",
+    ),
     ("Official `openai` client, `vllm bench serve`", "yes", "engine/test_clients.py::test_the_official_client"),
     ("Tensor, pipeline, data parallel above 1", "refused by name", "cluster/test_preflight.py"),
     ("Speculative decoding, quantised KV cache", "refused by name", "cluster/test_preflight.py"),
@@ -73,7 +83,7 @@ def test_every_script_that_the_readme_names_exists_and_runs() -> None:
 
 
 def test_every_command_of_the_readme_is_run_by_some_test() -> None:
-    """curl: test_clients; launch, demo: tests/cluster; instance, vllm serve: test_join."""
-    known = ("scripts/launch ", "curl ", "baton instance ", "vllm serve ")
+    """curl: test_clients; launch, demo, cache: tests/cluster; instance, vllm serve: test_join."""
+    known = ("scripts/launch ", "curl ", "baton instance ", "baton cache ", "vllm serve ")
     for command in commands():
         assert command.startswith(known), f"no test runs {command!r}"

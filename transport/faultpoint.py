@@ -5,7 +5,8 @@ are reached for the n-th time, the fact is appended to `record` (one JSON line) 
 option every call returns at once.
 
 Phases: `asked` (P's engine looks at the request), `accepted` (P has D's Accept), `push` (a layer is about to be
-pushed), `landed` (P has sent Landed), `reserved` (D is about to send Accept), `checking` (D has P's Landed).
+pushed), `landed` (P has sent Landed), `reserved` (D is about to send Accept), `checking` (D has P's Landed);
+`load` (a block of the KV cache is about to be read; chunk counts blocks), `store` (a layer is about to be stored).
 """
 
 from __future__ import annotations

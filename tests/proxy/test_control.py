@@ -102,7 +102,7 @@ def test_a_record_tells_the_path_the_tokens_and_the_moments(fleet: Fleet, pair: 
     fleet.beat(decode, report_of(decode, request_id, transport="shm", moments=moments, detail=detail, **kv))
     record = fleet.record(answer)
     assert record["path"] == {"prefill": "prefill-0", "decode": "decode-1", "transport": "shm", "why": ""}
-    assert record["tokens"] == {"prompt": 20, "handed_over": 16, "found_locally": 3, "computed": 1}
+    assert record["tokens"] == {"prompt": 20, "handed_over": 16, "found_locally": 3, "from_cache": 0, "computed": 1}
     assert (record["status"], record["outcome"], record["bytes"]) == ("done", "landed", 2_000_000)
     assert record["gb_per_s"] == pytest.approx(2.0, rel=0.01)
     names = ["queued", "routed", "accepted", "moving", "landed", "first_token", "done"]

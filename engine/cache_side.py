@@ -1,0 +1,158 @@
+"""The engine's two ends of the KV cache: vLLM's requests on the scheduler's side, its memory on the worker's.
+
+Names each full block of a request by its BlockKey, from vLLM's chained block hashes and everything they leave out.
+Threads: `CacheScheduler` belongs to the engine core's thread, `CacheWorker` to the worker's; the threads that talk to
+the server and copy loads are `kvcache/`'s own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from core.clock import SystemClock
+from core.errors import UnsupportedError
+from core.layout import KVLayout
+from engine.identity import adapter_identity
+from engine.settings import ConnectorSettings
+from kvcache import wire
+from kvcache.arena import Arena
+from kvcache.client import CacheClient, fetch_arena
+from kvcache.keys import BlockKey, block_key, namespace
+from kvcache.loader import Loader
+from kvcache.orders import CacheOrders, CacheResults
+from kvcache.reader import Reader
+from kvcache.storer import Storer
+from kvcache.writer import Writer
+from transport.base import Region
+from transport.faultpoint import FaultPoint
+
+HASHES = ("sha256", "sha256_cbor")
+"""vLLM's block hashes that are the same in every process; the others begin with random bytes."""
+
+
+def refuse_hash(algorithm: str) -> None:
+    """Raises UnsupportedError for block hashes that other processes could not find again."""
+    if algorithm not in HASHES:
+        raise UnsupportedError(
+            f"--prefix-caching-hash-algo {algorithm}: its hashes differ between processes, so nothing could be shared; "
+            f"use {' or '.join(HASHES)}"
+        )
+
+
+class CacheScheduler:
+    """What requests take from the cache and leave there."""
+
+    def __init__(
+        self, settings: ConnectorSettings, layout: KVLayout, boot_id: str, hash_algorithm: str, wake: Callable[[], None]
+    ) -> None:
+        self._fingerprint = layout.fingerprint()
+        self._hash_algorithm = hash_algorithm
+        hello = wire.Hello(settings.name, boot_id, layout.block_bytes * layout.num_layers)
+        clock = SystemClock()
+        self._client = CacheClient(settings.cache, hello, wake)
+        self._reader = Reader(self._client, layout.block_size, clock)
+        self._writer = Writer(self._client, layout.block_size, clock)
+        self._keys: dict[str, list[BlockKey]] = {}
+        self._spaces: dict[str, bytes] = {}
+
+    def arrived(self, request: Any, *, computes: bool) -> None:
+        """A request is new: ask what is there. computes: this instance will compute what is not."""
+        request_id = request.request_id
+        if request_id in self._keys:
+            return
+        keys = self._keys_of(request)
+        self._reader.arrive(request_id, keys, reserve=computes)
+        self._writer.arrive(request_id, keys, asked=computes)
+
+    def look_up(self, request: Any, found_tokens: int) -> int | None:
+        """Tokens to load after those found in the engine's own cache; None: not known yet."""
+        if request.skip_reading_prefix_cache:
+            return 0
+        return self._reader.look_up(request.request_id, request.num_prompt_tokens, found_tokens)
+
+    def allocated(self, request_id: str, block_ids: Sequence[int], found_tokens: int, num_tokens: int) -> None:
+        """The engine has allocated blocks, `num_tokens` of which are to be loaded."""
+        self._writer.granted(request_id, self._reader.grants(request_id))
+        if num_tokens > 0:
+            self._reader.load(request_id, block_ids, found_tokens, num_tokens)
+        else:
+            self._reader.started(request_id)
+
+    def scheduled(self, request: Any, num_tokens: int, block_ids: Callable[[], Sequence[int]]) -> None:
+        """When this step ends, `num_tokens` of the request are computed."""
+        request_id = request.request_id
+        if self._writer.is_due(request_id, num_tokens, len(request.block_hashes)):
+            self._writer.scheduled(request_id, self._keys_of(request), num_tokens, block_ids())
+
+    def orders(self) -> CacheOrders:
+        """For the step that is about to run."""
+        return CacheOrders(self._reader.take_loads(), self._writer.take_stores())
+
+    def results(self, results: CacheResults) -> None:
+        """The worker's answer."""
+        for loaded in results.loaded:
+            self._reader.on_loaded(loaded)
+        for stored in results.stored:
+            self._writer.on_stored(stored)
+
+    def finished(self, request_id: str) -> None:
+        """The engine is done with a request."""
+        self._reader.finished(request_id)
+        self._writer.finished(request_id)
+        self._keys.pop(request_id, None)
+
+    def close(self) -> None:
+        """Hangs up: the server then takes back what is held."""
+        self._client.close()
+
+    def _keys_of(self, request: Any) -> list[BlockKey]:
+        """Of the request's full blocks, as far as its tokens are known."""
+        keys = self._keys.setdefault(request.request_id, [])
+        space = self._space_of(request.lora_request)
+        keys.extend(block_key(space, bytes(block)) for block in request.block_hashes[len(keys) :])
+        return keys
+
+    def _space_of(self, lora: Any) -> bytes:
+        path = lora.lora_path if lora is not None else ""
+        if path not in self._spaces:
+            adapter = adapter_identity(path) if path else b""
+            self._spaces[path] = namespace(self._fingerprint, self._hash_algorithm, adapter)
+        return self._spaces[path]
+
+
+class CacheWorker:
+    """Copies between this worker's blocks and the arena."""
+
+    def __init__(self, settings: ConnectorSettings, regions: Sequence[Region], faults: FaultPoint) -> None:
+        clock = SystemClock()
+        path, name = settings.cache, settings.name
+        arena = Arena(regions, lambda: fetch_arena(path, name))
+        self._loader = Loader(arena, clock, faults)
+        self._storer = Storer(arena, len(regions), clock, faults)
+        self._loader.prepare("")
+
+    def begin(self, orders: CacheOrders) -> None:
+        """Before the forward pass."""
+        for load in orders.loads:
+            self._loader.start(load)
+        for store in self._storer.begin_step(orders.stores):
+            self._loader.prepare(store.arena_id)
+
+    def layer_done(self, layer: int) -> None:
+        """Right after one layer of the forward pass."""
+        self._storer.save_layer(layer)
+
+    def end(self) -> CacheResults:
+        """After the forward pass."""
+        results = CacheResults(loaded=self._loader.ended())
+        self._storer.end_step(results)
+        return results
+
+    def num_running(self) -> int:
+        """Loads whose end comes without a message: the engine should come back."""
+        return self._loader.num_running()
+
+    def close(self) -> None:
+        """Ends the loading thread."""
+        self._loader.close()

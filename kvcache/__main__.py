@@ -1,0 +1,46 @@
+"""`python -m kvcache`: the cache server as a child of whoever holds its memory's descriptors."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+from pathlib import Path
+
+import uvloop
+
+from core.clock import SystemClock
+from core.errors import BatonError
+from kvcache.server import CacheServer
+
+
+def main() -> int:
+    """Serves until SIGTERM or SIGINT."""
+    parser = argparse.ArgumentParser("python -m kvcache")
+    parser.add_argument("--socket", type=Path, required=True)
+    parser.add_argument("--arena-fd", type=int, required=True)
+    parser.add_argument("--ledger-fd", type=int, required=True)
+    options = parser.parse_args()
+    try:
+        uvloop.run(_serve(CacheServer(options.arena_fd, options.ledger_fd, options.socket, SystemClock())))
+    except BatonError as error:
+        print(f"baton cache: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _serve(server: CacheServer) -> None:
+    serving = asyncio.ensure_future(server.serve())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, serving.cancel)
+    counts = server.index.counts
+    print(f"cache server: {server.index.capacity_bytes} bytes, {counts.taken_over} blocks taken over", flush=True)
+    try:
+        await serving
+    except asyncio.CancelledError:
+        return
+
+
+if __name__ == "__main__":
+    sys.exit(main())

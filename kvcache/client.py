@@ -1,0 +1,270 @@
+"""An engine's line to the cache server: words out without waiting, answers in on a thread of their own.
+
+    engine's thread ── send ──▶ outbox ──▶ thread ──▶ socket ──▶ server
+                    ◀─ take ── answers ◀── thread ◀── socket ◀──          `wake` after each answer
+
+A server that is gone, hangs or talks nonsense costs hits: whatever was asked is never answered, `send` says False, and
+the thread tries again. `epoch` counts connections: what was granted under an earlier one is void.
+
+Threading: every method of `CacheClient` may be called from any thread and never waits, `close` excepted; `fetch_arena`
+waits for the server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable
+
+from core.errors import ProtocolError, TransferError
+from kvcache import wire
+from transport.shm_listener import peer_uid
+
+RETRY_S = 0.25
+CONNECT_TIMEOUT_S = 2.0
+MAX_OUTBOX_BYTES = 4 << 20
+MAX_ANSWERS = 10_000
+_RECV_BYTES = 1 << 18
+
+
+class CacheClient:
+    """A connection to the server at `path`, kept up until `close`."""
+
+    def __init__(self, path: str, hello: wire.Hello, wake: Callable[[], None] = lambda: None) -> None:
+        self._path = path
+        self._hello = hello
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._outbox: deque[bytes] = deque()
+        self._outbox_bytes = 0
+        self._answers: OrderedDict[int, wire.Found | wire.Granted] = OrderedDict()
+        self._last_id = 0
+        self._epoch = 0
+        self._welcome: wire.Welcome | None = None
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._closing = False
+        self.why_refused = ""
+        self._thread = threading.Thread(target=self._run, name="baton-cache-client", daemon=True)
+        self._thread.start()
+
+    @property
+    def epoch(self) -> int:
+        """Changes with every new connection; 0 before the first, and while there is none it is that of the last."""
+        return self._epoch
+
+    @property
+    def is_connected(self) -> bool:
+        return self._welcome is not None
+
+    @property
+    def arena_id(self) -> str:
+        """Of the arena that is served now; empty while nobody serves."""
+        welcome = self._welcome
+        return welcome.arena_id if welcome else ""
+
+    def send(self, message: wire.ToServer) -> bool:
+        """False if it cannot be sent now: nobody serves, or the server does not read."""
+        data = wire.frame(message)
+        with self._lock:
+            if self._welcome is None or self._outbox_bytes + len(data) > MAX_OUTBOX_BYTES:
+                return False
+            self._outbox.append(data)
+            self._outbox_bytes += len(data)
+        self._ring()
+        return True
+
+    def search(self, keys: bytes, *, reserve: bool) -> int:
+        """Asks which prefix of the keys is there. The id for `take` and Release; 0 if nobody can be asked."""
+        number = self._next_id()
+        return number if self.send(wire.Search(number, keys, reserve)) else 0
+
+    def reserve(self, keys: bytes) -> int:
+        """Asks which of the keys may be written. The id for `take`; 0 if nobody can be asked."""
+        number = self._next_id()
+        return number if self.send(wire.Reserve(number, keys)) else 0
+
+    def take(self, number: int) -> wire.Found | wire.Granted | None:
+        """The answer to one question, once; None while it has not come."""
+        with self._lock:
+            return self._answers.pop(number, None)
+
+    def close(self) -> None:
+        """Hangs up and ends the thread."""
+        self._closing = True
+        self._ring()
+        self._thread.join(CONNECT_TIMEOUT_S + 1.0)
+        os.close(self._bell)
+
+    def _next_id(self) -> int:
+        with self._lock:
+            self._last_id += 1
+            return self._last_id
+
+    def _ring(self) -> None:
+        with contextlib.suppress(OSError):
+            os.eventfd_write(self._bell, 1)
+
+    def _run(self) -> None:
+        bell = select.poll()
+        bell.register(self._bell, select.POLLIN)
+        while not self._closing:
+            try:
+                with self._connect() as connection:
+                    self._converse(connection)
+            except (OSError, EOFError, ProtocolError):
+                pass
+            finally:
+                self._hang_up()
+            if not self._closing:
+                bell.poll(int(RETRY_S * 1e3))
+
+    def _connect(self) -> socket.socket:
+        connection, fd, welcome = _greet(self._path, self._hello)
+        os.close(fd)
+        self.why_refused = welcome.why
+        if welcome.why:
+            connection.close()
+            raise ProtocolError(welcome.why)
+        connection.setblocking(False)
+        with self._lock:
+            self._epoch += 1
+            self._welcome = welcome
+        self._wake()
+        return connection
+
+    def _hang_up(self) -> None:
+        with self._lock:
+            self._welcome = None
+            self._outbox.clear()
+            self._outbox_bytes = 0
+            self._answers.clear()
+        self._wake()
+
+    def _converse(self, connection: socket.socket) -> None:
+        """Until the connection ends, which raises."""
+        poll = select.poll()
+        poll.register(self._bell, select.POLLIN)
+        received = bytearray()
+        sending = memoryview(b"")
+        while not self._closing:
+            if not sending:
+                sending = self._next_to_send()
+            poll.register(connection, select.POLLIN | (select.POLLOUT if sending else 0))
+            poll.poll()
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._bell)
+            with contextlib.suppress(BlockingIOError):
+                if sending:
+                    sending = sending[connection.send(sending) :]
+            with contextlib.suppress(BlockingIOError):
+                chunk = connection.recv(_RECV_BYTES)
+                if not chunk:
+                    raise EOFError
+                received += chunk
+                self._take_frames(received)
+
+    def _next_to_send(self) -> memoryview:
+        with self._lock:
+            if not self._outbox:
+                return memoryview(b"")
+            data = b"".join(self._outbox)
+            self._outbox.clear()
+            self._outbox_bytes = 0
+            return memoryview(data)
+
+    def _take_frames(self, received: bytearray) -> None:
+        head, heard = wire.LENGTH.size, False
+        while len(received) >= head:
+            size = wire.frame_bytes(bytes(received[:head]))
+            if len(received) < head + size:
+                break
+            message = wire.decode_at_client(bytes(received[head : head + size]))
+            del received[: head + size]
+            heard = True
+            if isinstance(message, wire.Found | wire.Granted):
+                self._keep(message)
+        if heard:
+            self._wake()
+
+    def _keep(self, answer: wire.Found | wire.Granted) -> None:
+        with self._lock:
+            self._answers[answer.id] = answer
+            while len(self._answers) > MAX_ANSWERS:
+                self._answers.popitem(last=False)
+
+
+def fetch_arena(path: str, name: str) -> tuple[int, int, str]:
+    """A descriptor of the arena (the caller's to close), its size in bytes and its id. Raises TransferError."""
+    try:
+        connection, fd, welcome = _greet(path, wire.Hello(name, ""))
+    except (OSError, EOFError, ProtocolError) as error:
+        raise TransferError(f"cannot reach the cache server at {path}: {error}") from error
+    connection.close()
+    return fd, welcome.arena_bytes, welcome.arena_id
+
+
+def ask_figures(path: str) -> dict[str, float]:
+    """The server's counters and sizes. Raises TransferError."""
+    return _ask_once(path, wire.Ask()).values
+
+
+def drop_all(path: str) -> dict[str, float]:
+    """Makes the server forget every complete block; returns its figures afterwards. Raises TransferError."""
+    return _ask_once(path, wire.Drop(), wire.Ask()).values
+
+
+def _ask_once(path: str, *messages: wire.ToServer) -> wire.Figures:
+    try:
+        connection, fd, _ = _greet(path, wire.Hello("baton cache", ""))
+        os.close(fd)
+        with connection:
+            connection.sendall(b"".join(wire.frame(message) for message in messages))
+            answer = _read_one(connection)
+    except (OSError, EOFError, ProtocolError) as error:
+        raise TransferError(f"cannot reach the cache server at {path}: {error}") from error
+    if not isinstance(answer, wire.Figures):
+        raise TransferError(f"the cache server at {path} answers {type(answer).__name__}")
+    return answer
+
+
+def _greet(path: str, hello: wire.Hello) -> tuple[socket.socket, int, wire.Welcome]:
+    """A connection that may wait up to CONNECT_TIMEOUT_S, the arena's descriptor, and the server's answer."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    fds: list[int] = []
+    try:
+        connection.settimeout(CONNECT_TIMEOUT_S)
+        connection.connect(path)
+        if peer_uid(connection) != os.getuid():
+            raise ProtocolError("its socket belongs to another user")
+        _, fds, _, _ = socket.recv_fds(connection, 1, 1, socket.MSG_CMSG_CLOEXEC)
+        if not fds:
+            raise ProtocolError("it sent no memory")
+        connection.sendall(wire.frame(hello))
+        welcome = _read_one(connection)
+        if not isinstance(welcome, wire.Welcome):
+            raise ProtocolError(f"it says {type(welcome).__name__} instead of Welcome")
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        connection.close()
+        raise
+    return connection, fds[0], welcome
+
+
+def _read_one(connection: socket.socket) -> wire.ToClient:
+    head = _exactly(connection, wire.LENGTH.size)
+    return wire.decode_at_client(_exactly(connection, wire.frame_bytes(head)))
+
+
+def _exactly(connection: socket.socket, num_bytes: int) -> bytes:
+    data = b""
+    while len(data) < num_bytes:
+        chunk = connection.recv(num_bytes - len(data))
+        if not chunk:
+            raise EOFError
+        data += chunk
+    return data

@@ -1,0 +1,101 @@
+"""The storing worker: copies finished blocks into the arena, layer by layer, in the pass that also pushes them.
+
+    forward pass:   layer 0 ──▶ layer 1 ──▶ ... ──▶ layer L-1     sweep    the step's blocks are complete in the arena
+    store:             └─ blocks ─┘└─ blocks ─┘ ...
+
+Every store is of one step: its blocks are final when the step's layer has run, and cannot be reused before the step
+ends. A copy that fails gives the block up.
+
+Memory and threads: the engine's worker thread only; each copy has ended when its call returns.
+"""
+
+from __future__ import annotations
+
+from core.clock import Clock
+from core.errors import TransferError
+from kvcache.arena import Arena, MappedArena, add, key_summand
+from kvcache.orders import CacheResults, Store, Stored
+from kvcache.wire import Written
+from transport.faultpoint import FaultPoint
+
+
+class _Job:
+    """One step's store of one request."""
+
+    def __init__(self, store: Store, arena: MappedArena, num_layers: int) -> None:
+        self.store = store
+        self.arena = arena
+        self.digests = [key_summand(piece.key) for piece in store.pieces]
+        self.missing = set(range(num_layers))
+        self.why_failed = ""
+
+
+class Storer:
+    """All stores of one worker."""
+
+    def __init__(self, arena: Arena, num_layers: int, clock: Clock, faults: FaultPoint) -> None:
+        self._arena = arena
+        self._num_layers = num_layers
+        self._clock = clock
+        self._faults = faults
+        self._jobs: list[_Job] = []
+        self._given_up: list[Stored] = []
+        self._num_bytes = 0
+        self._seconds = 0.0
+
+    def begin_step(self, stores: list[Store]) -> list[Store]:
+        """Takes one step's orders, before its forward pass; returns those whose arena is not mapped here (yet)."""
+        unmapped = []
+        for store in stores:
+            arena = self._arena.get(store.arena_id)
+            if arena is None:
+                self._given_up.append(_give_up(store))
+                unmapped.append(store)
+            else:
+                self._jobs.append(_Job(store, arena, self._num_layers))
+        return unmapped
+
+    def save_layer(self, layer: int) -> None:
+        """Called right after `layer` has written its keys and values."""
+        for job in self._jobs:
+            if layer in job.missing and not job.why_failed:
+                self._faults.reach("store", layer=layer)
+                self._copy(job, layer)
+
+    def end_step(self, results: CacheResults) -> None:
+        """Copies what the layers' hooks have left, and says what is complete."""
+        for job in self._jobs:
+            for layer in sorted(job.missing):
+                if not job.why_failed:
+                    self._copy(job, layer)
+            results.stored.append(self._stored(job))
+        results.stored += self._given_up
+        self._jobs, self._given_up = [], []
+        results.store_bytes, results.store_seconds = self._num_bytes, self._seconds
+        self._num_bytes, self._seconds = 0, 0.0
+
+    def _copy(self, job: _Job, layer: int) -> None:
+        begun_s = self._clock.monotonic_s()
+        if begun_s > job.store.deadline_s:
+            job.why_failed = "the reservation's deadline has passed"
+            return
+        try:
+            for index, piece in enumerate(job.store.pieces):
+                summand = job.arena.write_layer(layer, piece.block_id, piece.offset)
+                job.digests[index] = add(job.digests[index], summand)
+        except TransferError as error:
+            job.why_failed = str(error)
+        job.missing.discard(layer)
+        self._seconds += self._clock.monotonic_s() - begun_s
+
+    def _stored(self, job: _Job) -> Stored:
+        store = job.store
+        if job.why_failed:
+            return _give_up(store)
+        self._num_bytes += len(store.pieces) * job.arena.block_bytes
+        written = [Written(p.key, p.offset, d) for p, d in zip(store.pieces, job.digests, strict=True)]
+        return Stored(store.request_id, store.epoch, written)
+
+
+def _give_up(store: Store) -> Stored:
+    return Stored(store.request_id, store.epoch, [], [piece.key for piece in store.pieces])

@@ -1,0 +1,172 @@
+"""The words between a cache server and its clients, and how they lie on a unix socket.
+
+    frame: 4 bytes little-endian length ┃ MessagePack of one tagged message
+
+On accepting, the server first sends one byte with the arena's descriptor; then the client says Hello and gets Welcome.
+Keys travel joined, KEY_BYTES each.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+
+from core.errors import ProtocolError
+
+VERSION = 1
+"""History. 1: Hello, Search, Reserve, Commit, Abandon, Release, Touch, Bad, Drop, Ask."""
+
+MAX_FRAME_BYTES = 16 << 20
+LENGTH = struct.Struct("<I")
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """Who connects. block_bytes: of one block over all layers; 0 for one that only asks."""
+
+    name: str
+    boot_id: str
+    block_bytes: int = 0
+    version: int = VERSION
+
+
+class Welcome(msgspec.Struct, frozen=True, tag=True):
+    """arena_id stays the same when a restarted server takes an arena over. why: the refusal, empty if welcome."""
+
+    arena_id: str
+    arena_bytes: int
+    why: str = ""
+
+
+class Slot(msgspec.Struct, frozen=True, array_like=True):
+    """Where a complete block lies, and the digest of what must be found there."""
+
+    offset: int
+    digest: int
+
+
+class Grant(msgspec.Struct, frozen=True, array_like=True):
+    """The block at `index` of the keys that were named may be written at `offset`."""
+
+    index: int
+    offset: int
+
+
+class Search(msgspec.Struct, frozen=True, tag=True):
+    """Which prefix of these blocks is there? reserve: and let me write the others. `id` names the pins it takes."""
+
+    id: int
+    keys: bytes
+    reserve: bool = False
+
+
+class Found(msgspec.Struct, frozen=True, tag=True):
+    """The prefix, pinned until Release; and what may be written."""
+
+    id: int
+    slots: list[Slot] = []
+    grants: list[Grant] = []
+
+
+class Reserve(msgspec.Struct, frozen=True, tag=True):
+    """Let me write these."""
+
+    id: int
+    keys: bytes
+
+
+class Granted(msgspec.Struct, frozen=True, tag=True):
+    """Which of them may be written: not those that somebody has written or is writing."""
+
+    id: int
+    grants: list[Grant] = []
+
+
+class Written(msgspec.Struct, frozen=True, array_like=True):
+    """One block that is complete in the arena."""
+
+    key: bytes
+    offset: int
+    digest: int
+
+
+class Commit(msgspec.Struct, frozen=True, tag=True):
+    """These are complete: others may find them."""
+
+    blocks: list[Written]
+
+
+class Abandon(msgspec.Struct, frozen=True, tag=True):
+    """These will not be written."""
+
+    keys: bytes
+
+
+class Release(msgspec.Struct, frozen=True, tag=True):
+    """The copy is done; what Found(id) pinned may be evicted."""
+
+    id: int
+
+
+class Touch(msgspec.Struct, frozen=True, tag=True):
+    """A chain of blocks, from its beginning, was used."""
+
+    keys: bytes
+
+
+class Bad(msgspec.Struct, frozen=True, tag=True):
+    """Other bytes were found than were committed."""
+
+    blocks: list[Written]
+
+
+class Drop(msgspec.Struct, frozen=True, tag=True):
+    """Forget every complete block."""
+
+
+class Ask(msgspec.Struct, frozen=True, tag=True):
+    """How is it going?"""
+
+
+class Figures(msgspec.Struct, frozen=True, tag=True):
+    """Counters and sizes by name; sizes in bytes, the rest in blocks."""
+
+    values: dict[str, float]
+
+
+ToServer = Hello | Search | Reserve | Commit | Abandon | Release | Touch | Bad | Drop | Ask
+ToClient = Welcome | Found | Granted | Figures
+
+_encoder = msgspec.msgpack.Encoder()
+_server_decoder: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
+_client_decoder: msgspec.msgpack.Decoder[ToClient] = msgspec.msgpack.Decoder(ToClient)
+
+
+def frame(message: ToServer | ToClient) -> bytes:
+    """One message as it goes over the socket."""
+    body = _encoder.encode(message)
+    return LENGTH.pack(len(body)) + body
+
+
+def frame_bytes(head: bytes) -> int:
+    """How many bytes follow a frame's head. Raises ProtocolError if it cannot be a frame."""
+    (num_bytes,) = LENGTH.unpack(head)
+    if not 0 < num_bytes <= MAX_FRAME_BYTES:
+        raise ProtocolError(f"a frame of {num_bytes} bytes is none of the cache's")
+    return int(num_bytes)
+
+
+def decode_at_server(body: bytes) -> ToServer:
+    """Raises ProtocolError."""
+    try:
+        return _server_decoder.decode(body)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"not a message for a cache server: {error}") from error
+
+
+def decode_at_client(body: bytes) -> ToClient:
+    """Raises ProtocolError."""
+    try:
+        return _client_decoder.decode(body)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"not a message of a cache server: {error}") from error

@@ -1,0 +1,163 @@
+"""What a request leaves in the cache, decided beside the engine's scheduler.
+
+Each full block is stored once, by whoever computed it first: the server grants a place only for a block that nobody
+has written or is writing. Prompt blocks are asked for with the look-up, blocks of the answer as their tokens come; a
+place that is granted too late for one step is filled in the next, as long as the request runs.
+
+A block that somebody else is writing is asked for again a little later, in case that one gives up.
+
+    keys known ── Reserve ──▶ granted ── computed by the end of a step ──▶ Store ──▶ stored ── Commit ──▶ found
+
+Threads: the engine's thread alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from core.clock import Clock
+from kvcache import wire
+from kvcache.client import CacheClient
+from kvcache.index import RESERVATION_S
+from kvcache.keys import BlockKey, join_keys
+from kvcache.orders import Piece, Store, Stored
+
+MARGIN_S = 10.0
+"""How long before a reservation's end its place is not written any more."""
+
+FIRST_PAUSE_S = 0.1
+"""Before a refused block is asked for again; doubles each time."""
+
+
+@dataclass
+class _Places:
+    """One request's blocks in the arena. `asked`: how many of its keys, from the first, were asked for; `question`: the
+    one that is open, for the keys of `questioned`; `refused`: those that somebody else had or was writing."""
+
+    epoch: int
+    deadline_s: float
+    keys: list[BlockKey] = field(default_factory=list)
+    asked: int = 0
+    question: int = 0
+    questioned: list[int] = field(default_factory=list)
+    refused: list[int] = field(default_factory=list)
+    ask_again_s: float = 0.0
+    pause_s: float = FIRST_PAUSE_S
+    granted: dict[int, int] = field(default_factory=dict)
+
+
+class Writer:
+    """All stores of one instance."""
+
+    def __init__(self, client: CacheClient, block_size: int, clock: Clock) -> None:
+        self._client = client
+        self._block_size = block_size
+        self._clock = clock
+        self._all: dict[str, _Places] = {}
+        self._stores: list[Store] = []
+        self._late: list[_Places] = []
+
+    def arrive(self, request_id: str, keys: Sequence[BlockKey], *, asked: bool) -> None:
+        """A request is new. asked: its look-up has asked for the places of these keys' missing blocks."""
+        if request_id not in self._all and self._client.is_connected:
+            places = _Places(self._client.epoch, self._clock.monotonic_s() + RESERVATION_S - MARGIN_S, list(keys))
+            places.asked = len(keys) if asked else 0
+            self._all[request_id] = places
+
+    def granted(self, request_id: str, places: Sequence[tuple[BlockKey, int]]) -> None:
+        """The look-up's answer."""
+        known = self._all.get(request_id)
+        if known is not None and places:
+            at = {key: index for index, key in enumerate(known.keys)}
+            known.granted |= {at[key]: offset for key, offset in places if key in at}
+
+    def is_due(self, request_id: str, num_tokens: int, num_keys: int) -> bool:
+        """Whether `scheduled` has something to do: cheap, for every request of every step."""
+        places = self._all.get(request_id)
+        if places is None:
+            return False
+        num_full = num_tokens // self._block_size
+        if places.question or num_keys > places.asked or any(index < num_full for index in places.granted):
+            return True
+        return bool(places.refused) and self._clock.monotonic_s() >= places.ask_again_s
+
+    def scheduled(self, request_id: str, keys: Sequence[BlockKey], num_tokens: int, block_ids: Sequence[int]) -> None:
+        """When this step ends, `num_tokens` of the request are computed. keys: of all its full blocks so far."""
+        places = self._all.get(request_id)
+        if places is None:
+            return
+        if places.epoch != self._client.epoch:
+            del self._all[request_id]
+            return
+        self._hear(places)
+        num_full = min(num_tokens // self._block_size, len(keys), len(block_ids))
+        ready = sorted(index for index in places.granted if index < num_full)
+        if ready and self._clock.monotonic_s() < places.deadline_s:
+            pieces = [Piece(block_ids[index], places.granted.pop(index), keys[index]) for index in ready]
+            arena_id = self._client.arena_id
+            self._stores.append(Store(request_id, arena_id, places.epoch, places.deadline_s, pieces))
+        self._ask(places, keys)
+
+    def take_stores(self) -> list[Store]:
+        """The worker's orders for the step that is about to run."""
+        self._late = [places for places in self._late if not self._give_back(places)]
+        stores, self._stores = self._stores, []
+        return stores
+
+    def on_stored(self, stored: Stored) -> None:
+        """The worker has ended a step's store."""
+        if stored.epoch != self._client.epoch:
+            return
+        if stored.blocks:
+            self._client.send(wire.Commit(stored.blocks))
+        if stored.given_up:
+            self._client.send(wire.Abandon(join_keys(stored.given_up)))
+
+    def finished(self, request_id: str) -> None:
+        """The engine is done with the request: what was granted and not stored is given up."""
+        places = self._all.pop(request_id, None)
+        if places is None or places.epoch != self._client.epoch:
+            return
+        if places.keys:
+            self._client.send(wire.Touch(join_keys(places.keys)))
+        if not self._give_back(places):
+            self._late.append(places)
+
+    def _give_back(self, places: _Places) -> bool:
+        """Places of a request that has ended. True if no answer is missing any more."""
+        if places.epoch != self._client.epoch:
+            return True
+        self._hear(places)
+        if places.granted:
+            self._client.send(wire.Abandon(join_keys(places.keys[index] for index in sorted(places.granted))))
+            places.granted = {}
+        return not places.question
+
+    def _hear(self, places: _Places) -> None:
+        if not places.question:
+            return
+        answer = self._client.take(places.question)
+        if isinstance(answer, wire.Granted):
+            granted = {places.questioned[g.index]: g.offset for g in answer.grants if g.index < len(places.questioned)}
+            places.granted |= granted
+            places.refused = [index for index in places.questioned if index not in granted]
+            places.question = 0
+
+    def _ask(self, places: _Places, keys: Sequence[BlockKey]) -> None:
+        """For blocks whose tokens have come since the last question and, after a pause, for those that were refused."""
+        if places.question:
+            return
+        now_s = self._clock.monotonic_s()
+        places.keys.extend(keys[len(places.keys) :])
+        wanted = list(range(places.asked, len(keys)))
+        if places.refused and now_s >= places.ask_again_s:
+            places.ask_again_s, places.pause_s = now_s + places.pause_s, places.pause_s * 2
+            wanted = [*places.refused, *wanted]
+        if not wanted:
+            return
+        places.question = self._client.reserve(join_keys(keys[index] for index in wanted))
+        if places.question:
+            places.questioned, places.refused, places.asked = wanted, [], len(keys)
+            if not places.granted:
+                places.deadline_s = now_s + RESERVATION_S - MARGIN_S

@@ -1,0 +1,256 @@
+"""The shared KV cache under real engines: what one computed another loads, and every token stays what it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from cluster.cache import CacheSpec
+from cluster.launcher import Cluster
+from kvcache.client import ask_figures, fetch_arena
+from tests.engine.client import Answer, ask, ask_all, record
+from tests.engine.clusters import CHUNKED, WHOLE, options
+from tests.engine.prompts import BLOCK, LENGTHS, chat_messages, token_prompt
+from tests.poll import until
+from transport.mapping import Mapping
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+BIG = CacheSpec.parse("256MiB")
+
+
+@pytest.fixture
+def start(zygote: Any) -> Iterator[Callable[..., Cluster]]:
+    clusters: list[Cluster] = []
+
+    def make(topology: str, *arguments: str, cache: CacheSpec = BIG, **more: Any) -> Cluster:
+        cluster = Cluster(topology, options(*arguments, cache=cache, **more), zygote=zygote)
+        clusters.append(cluster)
+        cluster.start()
+        return cluster
+
+    yield make
+    for cluster in clusters:
+        cluster.stop()
+
+
+def completion(num_tokens: int, seed: int, **more: Any) -> dict[str, Any]:
+    return {"prompt": token_prompt(num_tokens, seed), "max_tokens": 10, "ignore_eos": True} | more
+
+
+def figures(cluster: Cluster) -> dict[str, float]:
+    return ask_figures(str(cluster.cache.socket))
+
+
+def settled(cluster: Cluster) -> None:
+    """Every store that was begun is found from now on, and nothing is held."""
+    until(lambda: figures(cluster)["reserved_bytes"] == 0, what="the last commit")
+
+
+def tokens_of(cluster: Cluster, answer: Answer) -> dict[str, int]:
+    """The record's tokens, which must add up."""
+    tokens: dict[str, int] = record(cluster.url, answer)["tokens"]
+    parts = ("handed_over", "found_locally", "from_cache", "computed")
+    assert tokens["prompt"] == sum(tokens[part] for part in parts), tokens
+    return tokens
+
+
+def check_equal(ours: list[Answer], theirs: list[Answer]) -> None:
+    for left, right in zip(ours, theirs, strict=True):
+        assert left.outcome() == right.outcome()
+
+
+@pytest.mark.parametrize(("transport", "prefill"), [("shm", CHUNKED), ("zmq", WHOLE)])
+def test_every_length_is_exact_cold_after_a_restart_of_each_engine_and_of_the_cache_server(
+    start: Callable[..., Cluster], plain: Cluster, transport: str, prefill: tuple[str, ...]
+) -> None:
+    cluster = start("1P1D", *prefill, transport=transport)
+    asked = [completion(length, 300 + index, stream=index % 2 == 0) for index, length in enumerate(LENGTHS)]
+    asked.append({"messages": chat_messages(500, 77), "max_completion_tokens": 10, "ignore_eos": True})
+    theirs = ask_all(plain.url, asked, 4)
+    check_equal(ask_all(cluster.url, asked, 4), theirs)
+    settled(cluster)
+
+    cluster.restart("decode-0")
+    again = ask_all(cluster.url, asked, 4)
+    check_equal(again, theirs)
+    for body, answer in zip(asked, again, strict=True):
+        tokens, num_tokens = tokens_of(cluster, answer), len(body.get("prompt", ()))
+        full = num_tokens // BLOCK * BLOCK
+        if num_tokens > BLOCK:  # a shorter prompt may be answered before anybody stored it
+            assert tokens["from_cache"] + tokens["found_locally"] >= min(full, num_tokens - 1), (num_tokens, tokens)
+        assert tokens["computed"] <= BLOCK
+
+    for member in ("prefill-0", "decode-0"):
+        cluster.restart(member)
+    cluster.cache.kill_group()
+    until(lambda: cluster.cache.exit_code() is not None, what="the cache server's end")
+    check_equal(ask_all(cluster.url, asked[:4], 4), theirs[:4])
+    cluster.cache.start()
+    until(cluster.cache.is_ready, what="the cache server")
+    assert figures(cluster)["taken_over_blocks"] > 0
+
+    def hit() -> bool:
+        answer = ask(cluster.url, asked[-2])
+        assert answer.outcome() == theirs[-2].outcome()
+        return tokens_of(cluster, answer)["from_cache"] + tokens_of(cluster, answer)["found_locally"] > 0
+
+    until(hit, what="a hit on what the dead server's engines had stored")
+
+
+def test_all_instances_share_what_one_computed_and_its_death_costs_nothing(
+    start: Callable[..., Cluster], plain: Cluster
+) -> None:
+    cluster = start("2P1D", *CHUNKED)
+    body = completion(1000, 400)
+    expected = ask(plain.url, body).outcome()
+    first = ask(cluster.url, body)
+    assert first.outcome() == expected
+    computed_by = record(cluster.url, first)["path"]["prefill"]
+    settled(cluster)
+    stored = figures(cluster)["committed_blocks"]
+    assert stored == 1000 // BLOCK, "each block once, although two instances had it"
+    cluster.restart("decode-0")
+    cluster.instance(computed_by).kill_group()
+
+    longer = body | {"prompt": body["prompt"] + token_prompt(300, 401)}
+    answer = ask(cluster.url, longer)
+    assert answer.outcome() == ask(plain.url, longer).outcome()
+    tokens = tokens_of(cluster, answer)
+    assert tokens["from_cache"] == 1000 // BLOCK * BLOCK, (
+        "from the cache what is there, from P or computed only the rest"
+    )
+    again = ask(cluster.url, body)
+    assert again.outcome() == expected
+
+
+def test_the_prefill_instance_computes_only_what_no_tier_has(start: Callable[..., Cluster], plain: Cluster) -> None:
+    cluster = start("1P1D", *CHUNKED)
+    body = completion(1000, 410)
+    ask(cluster.url, body)
+    settled(cluster)
+    for member in ("prefill-0", "decode-0"):
+        cluster.restart(member)
+    longer = body | {"prompt": body["prompt"] + token_prompt(700, 411)}
+    answer = ask(cluster.url, longer)
+    assert answer.outcome() == ask(plain.url, longer).outcome()
+    entry = record(cluster.url, answer)
+    cached = 1000 // BLOCK * BLOCK
+    assert entry["tokens"]["from_cache"] == cached
+    assert entry["tokens"]["handed_over"] == 1700 - 1 - cached
+    assert [part["tokens"] for part in entry["prefill"]["from_cache"]] == [cached]
+    assert entry["decode"]["from_cache"][0]["tier"] == "host"
+
+
+def test_a_conversation_finds_the_answer_that_the_decode_instance_gave(
+    start: Callable[..., Cluster], plain: Cluster
+) -> None:
+    """Also with one instance and no hand-off; and after its restart."""
+    cluster = start("0P1D", *CHUNKED)
+    prompt = token_prompt(300, 420)
+    body = {"prompt": prompt, "max_tokens": 300, "ignore_eos": True}
+    answer = ask(cluster.url, body)
+    expected = ask(plain.url, body)
+    assert answer.outcome() == expected.outcome()
+    settled(cluster)
+    cluster.restart("decode-0")
+    turn = {"prompt": prompt + answer.tokens[0] + token_prompt(50, 421), "max_tokens": 10, "ignore_eos": True}
+    second = ask(cluster.url, turn)
+    assert second.outcome() == ask(plain.url, turn).outcome()
+    assert tokens_of(cluster, second)["from_cache"] >= (300 + 299) // BLOCK * BLOCK - BLOCK
+
+
+def test_tenants_share_nothing(start: Callable[..., Cluster]) -> None:
+    cluster = start("0P1D", *CHUNKED)
+    body = completion(600, 430)
+    for salt, hit in (("alice", False), ("bob", False), ("alice", True)):
+        answer = ask(cluster.url, body | {"cache_salt": salt})
+        assert (tokens_of(cluster, answer)["from_cache"] > 0) == hit, salt
+        settled(cluster)
+        cluster.restart("decode-0")
+
+
+def test_a_flipped_bit_in_the_arena_is_computed_anew_and_counted(start: Callable[..., Cluster], plain: Cluster) -> None:
+    cluster = start("0P1D", *CHUNKED)
+    body = completion(600, 440)
+    expected = ask(plain.url, body).outcome()
+    ask(cluster.url, body)
+    settled(cluster)
+    cluster.restart("decode-0")
+    fd, num_bytes, _ = fetch_arena(str(cluster.cache.socket), "test")
+    arena = Mapping(fd, num_bytes)
+    os.close(fd)
+    arena._mmap[1000] ^= 1
+    answer = ask(cluster.url, body)
+    assert answer.outcome() == expected
+    entry = record(cluster.url, answer)
+    assert (entry["outcome"], entry["tokens"]["computed"]) == ("fell_back", 600), entry
+    assert "differs" in entry["decode"]["why"]
+    assert figures(cluster)["quarantined_blocks"] == 1
+    arena.close()
+
+
+@pytest.mark.parametrize(("phase", "role"), [("store", "prefill"), ("load", "decode")])
+def test_an_engine_killed_in_the_middle_of_a_copy(
+    start: Callable[..., Cluster], plain: Cluster, tmp_path: Path, phase: str, role: str
+) -> None:
+    """The request completes, what was not complete is never found, and what was held comes back."""
+    reached = tmp_path / "reached"
+    fault = {"phase": phase, "layer": 2 if phase == "store" else -1, "record": str(reached), "action": "kill"}
+    body = completion(1000, 450)
+    expected = ask(plain.url, body).outcome()
+    cluster = start("1P1D", *CHUNKED, **{f"connector_{role}": {"fault": fault}})
+    assert ask(cluster.url, body).outcome() == expected
+    if phase == "load":
+        settled(cluster)
+        assert not reached.exists(), "nothing was there to load"
+        cluster.restart("decode-0")
+        assert ask(cluster.url, body).outcome() == expected
+    assert json.loads(reached.read_text())["phase"] == phase
+    until(lambda: figures(cluster)["reserved_bytes"] + figures(cluster)["cooling_bytes"] == 0, what="the reservations")
+    assert ask(cluster.url, body).outcome() == expected
+
+
+def test_a_tiny_arena_under_load_with_clients_that_leave(start: Callable[..., Cluster], plain: Cluster) -> None:
+    """Sixteen at a time, shared prefixes, a third cancelled, blocks evicted all the while: every answer is equal."""
+    cluster = start("1P1D", *CHUNKED, cache=CacheSpec.parse("8MiB"))
+    prefixes = [token_prompt(400, 460 + index) for index in range(4)]
+    asked = [
+        {"prompt": prefixes[i % 4] + token_prompt(40 + 37 * i % 300, 470 + i), "max_tokens": 8, "ignore_eos": True}
+        for i in range(36)
+    ]
+
+    def leave(body: dict[str, Any]) -> None:
+        try:
+            requests.post(cluster.url + "/v1/completions", json={"model": "baton-demo", **body}, timeout=0.3)
+        except requests.RequestException:
+            return
+
+    with ThreadPoolExecutor(4) as pool:
+        leaving = [pool.submit(leave, body | {"max_tokens": 50}) for body in asked[::3]]
+        ours = ask_all(cluster.url, asked, 16)
+        for task in leaving:
+            task.result()
+    check_equal(ours, ask_all(plain.url, asked, 8))
+    assert figures(cluster)["evicted_blocks"] > 0
+    settled(cluster)
+    check_equal(ask_all(cluster.url, asked[:8], 8), ask_all(plain.url, asked[:8], 8))
+
+
+def test_a_hanging_cache_server_delays_nobody_for_long(start: Callable[..., Cluster], plain: Cluster) -> None:
+    cluster = start("1P1D", *CHUNKED)
+    bodies = [completion(700, 480 + index) for index in range(6)]
+    theirs = ask_all(plain.url, bodies, 1)
+    cluster.cache.kill(signal.SIGSTOP)
+    try:
+        check_equal(ask_all(cluster.url, bodies, 3), theirs)
+    finally:
+        cluster.cache.kill(signal.SIGCONT)

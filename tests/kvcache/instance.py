@@ -1,0 +1,83 @@
+"""One engine as the cache sees it: requests that arrive, compute block by block, load, finish; no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from core.clock import SystemClock
+from kvcache import wire
+from kvcache.arena import Arena
+from kvcache.client import CacheClient, fetch_arena
+from kvcache.loader import Loader
+from kvcache.orders import CacheResults, Loaded
+from kvcache.reader import Reader
+from kvcache.storer import Storer
+from kvcache.writer import Writer
+from tests.kvcache.places import BLOCK_BYTES, LAYERS, Engine, key
+from tests.poll import until
+from transport.faultpoint import FaultPoint
+
+BLOCK_SIZE = 16
+
+
+class Instance:
+    """Scheduler and worker side of one engine over a server's socket."""
+
+    def __init__(self, socket: str, name: str = "engine") -> None:
+        clock = SystemClock()
+        self.engine = Engine()
+        self.client = CacheClient(socket, wire.Hello(name, "boot", BLOCK_BYTES))
+        self.reader = Reader(self.client, BLOCK_SIZE, clock)
+        self.writer = Writer(self.client, BLOCK_SIZE, clock)
+        arena = Arena(self.engine.regions, lambda: fetch_arena(socket, name))
+        self.loader = Loader(arena, clock, FaultPoint())
+        self.storer = Storer(arena, LAYERS, clock, FaultPoint())
+        self.loader.prepare("")
+        until(lambda: self.client.is_connected, what="the connection")
+        until(lambda: arena.get(self.client.arena_id), what="the arena")
+
+    def arrive(self, request: str, numbers: Sequence[int], *, computes: bool = True) -> int:
+        """Asks for a prompt of these blocks and one token more; returns the tokens that may be loaded."""
+        keys = [key(n) for n in numbers]
+        self.reader.arrive(request, keys, reserve=computes)
+        self.writer.arrive(request, keys, asked=computes)
+        until(lambda: self.look_up(request, numbers) is not None, what="the look-up's end")
+        return self.look_up(request, numbers) or 0
+
+    def look_up(self, request: str, numbers: Sequence[int]) -> int | None:
+        return self.reader.look_up(request, len(numbers) * BLOCK_SIZE + 1, 0)
+
+    def compute(self, request: str, numbers: Sequence[int], num_blocks: int) -> int:
+        """One step after which so many blocks are computed; block i lies in the engine's block i. Returns how many
+        were stored."""
+        self.writer.granted(request, self.reader.grants(request))
+        self.writer.scheduled(request, [key(n) for n in numbers], num_blocks * BLOCK_SIZE, list(range(16)))
+        return self.step()
+
+    def step(self) -> int:
+        """The worker's part of a step with the stores that are due."""
+        self.storer.begin_step(self.writer.take_stores())
+        for layer in range(LAYERS - 1):
+            self.storer.save_layer(layer)  # the last layer's hook is never called: the sweep must find it
+        results = CacheResults()
+        self.storer.end_step(results)
+        for stored in results.stored:
+            self.writer.on_stored(stored)
+        return sum(len(stored.blocks) for stored in results.stored)
+
+    def load(self, request: str, num_tokens: int, block_ids: Sequence[int]) -> Loaded:
+        """Loads so many tokens into these blocks."""
+        assert self.reader.load(request, block_ids, 0, num_tokens)
+        for load in self.reader.take_loads():
+            self.loader.start(load)
+        (loaded,) = until(self.loader.ended, what="the load")
+        self.reader.on_loaded(loaded)
+        return loaded
+
+    def finish(self, request: str) -> None:
+        self.reader.finished(request)
+        self.writer.finished(request)
+
+    def close(self) -> None:
+        self.loader.close()
+        self.client.close()
