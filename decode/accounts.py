@@ -75,10 +75,10 @@ class Accounts:
         account.detail["audited_pairs"] = received.audited
         account.detail["unwritten_pairs"] = received.unwritten
 
-    def loaded(self, request_id: str, handoff: str, load: FromCache, num_prompt: int, found_tokens: int) -> None:
+    def loaded(self, request_id: str, handoff: str, parts: list[FromCache], num_prompt: int, found_tokens: int) -> None:
         """The worker has loaded and compared blocks of the KV cache, behind `found_tokens` of the engine's own."""
         self.found(request_id, handoff, num_prompt, found_tokens)
-        self.of(handoff).from_cache.append(load)
+        self.of(handoff).from_cache += parts
 
     def lost(self, request_id: str, handoff: str, why: str) -> None:
         """Blocks from outside are not what they should be: the engine computes the whole prompt."""

@@ -164,14 +164,17 @@ class Receiver:
         with self._lock:
             self._accounts.found(request_id, handoff, num_prompt, found_tokens)
 
-    def loaded(self, request_id: str, handoff: str, load: FromCache, num_prompt: int, found_tokens: int) -> None:
+    def loaded(self, request_id: str, handoff: str, parts: list[FromCache], num_prompt: int, found_tokens: int) -> None:
         """The KV cache gave a part, behind `found_tokens` of the engine's own."""
         with self._lock:
-            self._accounts.loaded(request_id, handoff, load, num_prompt, found_tokens)
+            self._accounts.loaded(request_id, handoff, parts, num_prompt, found_tokens)
 
     def load_lost(self, request_id: str, handoff: str, why: str) -> None:
         """The KV cache's part is not what it should be, so the engine computes everything."""
         with self._lock:
+            incoming = self._by_request.get(request_id)
+            if incoming is not None:
+                incoming.retried = True
             self._accounts.lost(request_id, handoff, why)
             self._accounts.publish(handoff)
 

@@ -13,6 +13,7 @@ from typing import Any
 from core.clock import SystemClock
 from core.errors import UnsupportedError
 from core.layout import KVLayout
+from core.report import FromCache
 from engine.identity import adapter_identity
 from engine.settings import ConnectorSettings
 from kvcache import wire
@@ -20,7 +21,7 @@ from kvcache.arena import Arena
 from kvcache.client import CacheClient, fetch_arena
 from kvcache.keys import BlockKey, block_key, namespace
 from kvcache.loader import Loader
-from kvcache.orders import CacheOrders, CacheResults
+from kvcache.orders import CacheOrders, CacheResults, Loaded
 from kvcache.reader import Reader
 from kvcache.storer import Storer
 from kvcache.writer import Writer
@@ -38,6 +39,17 @@ def refuse_hash(algorithm: str) -> None:
             f"--prefix-caching-hash-algo {algorithm}: its hashes differ between processes, so nothing could be shared; "
             f"use {' or '.join(HASHES)}"
         )
+
+
+def by_tier(loaded: Loaded, block_size: int, most_tokens: int) -> list[FromCache]:
+    """What each tier gave of one load; the last block's last token may not count, since the engine computes it."""
+    parts = []
+    for tier, num_blocks in loaded.tiers.items():
+        share = num_blocks / max(loaded.num_blocks, 1)
+        tokens = min(num_blocks * block_size, most_tokens)
+        most_tokens -= tokens
+        parts.append(FromCache(tier, tokens, round(loaded.num_bytes * share), loaded.seconds * share))
+    return parts
 
 
 class CacheScheduler:
@@ -84,6 +96,10 @@ class CacheScheduler:
         request_id = request.request_id
         if self._writer.is_due(request_id, num_tokens, len(request.block_hashes)):
             self._writer.scheduled(request_id, self._keys_of(request), num_tokens, block_ids())
+
+    def computed(self, num_tokens: int, seconds: float) -> None:
+        """A step that computed so many prompt tokens took so long."""
+        self._reader.pace.computed(num_tokens, seconds)
 
     def orders(self) -> CacheOrders:
         """For the step that is about to run."""

@@ -19,13 +19,13 @@ from core.errors import ProtocolError
 from core.handoff import Handoff, Peer, handoff_from_params
 from core.layout import PROTOCOL_VERSION, KVLayout
 from core.prompt import Prompt
-from core.report import FromCache, Report
+from core.report import Report
 from core.topology import InstanceInfo
 from decode.accounts import Accounts
 from decode.admission import Capacity
 from decode.receiver import Offer, Receiver
 from engine.arrivals import Arrived
-from engine.cache_side import CacheScheduler, refuse_hash
+from engine.cache_side import CacheScheduler, by_tier, refuse_hash
 from engine.internals import IdleSleep, prompt_of
 from engine.settings import ConnectorSettings
 from engine.steps import Handshake, StepOrders, StepResults
@@ -42,9 +42,6 @@ IDLE_SLEEP_S = 0.1
 
 GROWTH_BLOCKS = 4
 """Blocks that a running request is assumed to need soon, at most: head-room that hand-offs may not take."""
-
-HOST = "host"
-"""The tier of the arena, as the request's record names it."""
 
 _log = init_logger("vllm.baton")
 
@@ -67,6 +64,8 @@ class SchedulerSide:
         self._found: dict[str, int] = {}
         self._cached: dict[str, int] = {}
         self._num_watched = 0
+        self._begun_s = 0.0
+        self._num_prompt_tokens = 0
         self._num_gated = 0
         self._schemes: list[tuple[str, bytes]] = []
         self._join: JoinThread | None = None
@@ -157,6 +156,8 @@ class SchedulerSide:
     def orders(self, scheduled: Any) -> StepOrders:
         """The worker's orders for the step that vLLM has just scheduled (a `SchedulerOutput`)."""
         self._idle(scheduled)
+        self._begun_s = self._ports.clock.monotonic_s()
+        self._num_prompt_tokens = 0
         for request_id in scheduled.preempted_req_ids or ():
             self._sender.preempted(request_id)
         for request_id, num_new in scheduled.num_scheduled_tokens.items():
@@ -169,6 +170,8 @@ class SchedulerSide:
     def results(self, results: StepResults) -> set[str]:
         """The worker's answer. Returns engine requests whose blocks no transfer reads any more."""
         self._num_watched = results.num_watched
+        if self._cache is not None:
+            self._cache.computed(self._num_prompt_tokens, self._ports.clock.monotonic_s() - self._begun_s)
         if self._receiver is not None:
             self._receiver.on_results(results.land)
         if self._cache is not None:
@@ -229,16 +232,15 @@ class SchedulerSide:
         handoff = self._tickets.get(arrived.request_id)
         if request is None or handoff is None or self._receiver is None or arrived.loaded is None:
             return
-        num_tokens = min(arrived.loaded.num_blocks * self._layout.block_size, request.num_prompt_tokens - 1)
-        load = FromCache(HOST, num_tokens, arrived.loaded.num_bytes, arrived.loaded.seconds)
+        found = self._found.get(arrived.request_id, 0)
+        parts = by_tier(arrived.loaded, self._layout.block_size, request.num_prompt_tokens - 1 - found)
         if self._is_sender(handoff):
             if not arrived.why_lost:
-                self._sender.loaded(arrived.request_id, load)
+                self._sender.loaded(arrived.request_id, parts)
         elif arrived.why_lost:
             self._receiver.load_lost(arrived.request_id, handoff.id, arrived.why_lost)
         else:
-            found = self._found.get(arrived.request_id, 0)
-            self._receiver.loaded(arrived.request_id, handoff.id, load, request.num_prompt_tokens, found)
+            self._receiver.loaded(arrived.request_id, handoff.id, parts, request.num_prompt_tokens, found)
 
     def _ticket(self, request: Any) -> Handoff | None:
         if request.request_id in self._tickets:
@@ -262,6 +264,7 @@ class SchedulerSide:
         if request is None or self._receiver is None:
             return
         done_before, num_prompt = request.num_computed_tokens, request.num_prompt_tokens
+        self._num_prompt_tokens += max(min(num_new, num_prompt - done_before), 0)
 
         def block_ids() -> list[int]:
             return list(scheduled.kv_connector_block_state.resolve_block_ids(request_id)[0])

@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--ledger-fd", type=int, required=True)
     options = parser.parse_args()
     try:
-        uvloop.run(_serve(CacheServer(options.arena_fd, options.ledger_fd, options.socket, SystemClock())))
+        uvloop.run(_serve(CacheServer((options.arena_fd, options.ledger_fd), options.socket, SystemClock())))
     except BatonError as error:
         print(f"baton cache: {error}", file=sys.stderr)
         return 1

@@ -13,6 +13,7 @@ Threading: the server's thread only. Every duration is in seconds of the clock t
 from __future__ import annotations
 
 import enum
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,10 @@ RESERVED_SHARE = 0.5
 
 MAX_EVICTIONS = 64
 """For one new block: among blocks of several sizes no gap may fit, and the cache must not be emptied to find one."""
+
+
+SERVER = 0
+"""The owner of places that the server itself fills from other tiers: without a deadline, since it knows their end."""
 
 
 class State(enum.Enum):
@@ -72,8 +77,6 @@ class Lease:
 class Counts:
     """Since the server started, in blocks."""
 
-    searched: int = 0
-    found: int = 0
     committed: int = 0
     evicted: int = 0
     refused: int = 0
@@ -115,6 +118,10 @@ class Index:
         """Complete blocks, the next to be evicted first."""
         return list(self._ready)
 
+    def get(self, key: BlockKey) -> Entry | None:
+        """A complete block, without pinning it."""
+        return self._ready.get(key)
+
     def search(self, owner: int, lease: int, keys: Sequence[BlockKey]) -> list[Entry]:
         """The complete blocks of the longest prefix of `keys`, pinned until `release(owner, lease)`."""
         found: list[Entry] = []
@@ -123,8 +130,6 @@ class Index:
             if entry is None:
                 break
             found.append(entry)
-        self.counts.searched += len(keys)
-        self.counts.found += len(found)
         self.touch([entry.key for entry in found])
         self.release(owner, lease)
         if found:
@@ -160,7 +165,7 @@ class Index:
             if offset is None:
                 self.counts.refused += len(keys) - index
                 break
-            deadline_s = self._clock.monotonic_s() + RESERVATION_S
+            deadline_s = math.inf if owner == SERVER else self._clock.monotonic_s() + RESERVATION_S
             self._entries[key] = Entry(key, offset, num_bytes, owner, State.RESERVED, deadline_s)
             self.usage.reserved += size
             granted.append((index, offset))

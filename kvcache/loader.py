@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+from collections import Counter
 
 from core.clock import Clock
 from core.errors import TransferError
@@ -88,4 +89,5 @@ class Loader:
         if bad:
             why = "a block in the cache differs from what was stored"
         seconds = self._clock.monotonic_s() - begun_s
-        return Loaded(load.request_id, len(load.pieces), num_bytes, seconds, why, bad)
+        tiers = dict(Counter(piece.tier for piece in load.pieces))
+        return Loaded(load.request_id, len(load.pieces), num_bytes, seconds, why, bad, tiers)

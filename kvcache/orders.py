@@ -8,12 +8,14 @@ from kvcache.wire import Written
 
 
 class Piece(msgspec.Struct, frozen=True, array_like=True):
-    """One block: its id in the engine, where it lies in the arena, its key, and the digest it must have (loads)."""
+    """One block: its id in the engine, where it lies in the arena, its key; of loads the digest it must have and the
+    tier that had it when it was asked for."""
 
     block_id: int
     offset: int
     key: bytes
     digest: int = 0
+    tier: str = ""
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -43,7 +45,8 @@ class CacheOrders(msgspec.Struct):
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """One load has ended. why: why it failed, empty if every block is in place and equal; bad: blocks that differed."""
+    """One load has ended. why: why it failed, empty if every block is in place and equal; bad: blocks that differed;
+    tiers: blocks by the tier that had them."""
 
     request_id: str
     num_blocks: int
@@ -51,6 +54,7 @@ class Loaded(msgspec.Struct, frozen=True):
     seconds: float
     why: str = ""
     bad: list[Written] = []
+    tiers: dict[str, int] = {}
 
 
 class Stored(msgspec.Struct, frozen=True):

@@ -1,10 +1,12 @@
 """What a request takes from the cache, decided beside the engine's scheduler.
 
     arrive ──▶ ASKED ── answer ──▶ KNOWN ── load ──▶ LOADING ── loaded ──▶ OVER
+                 │ └─ some, more is coming ──▶ COMING ── it came, or would take longer than computing ──▶ KNOWN
                  └─ budget spent, server gone ──────────────────────────────▶ OVER   (compute)
 
 The question is asked when the request arrives, so the answer is there when the engine looks at it; `look_up` never
-waits. A server that does not answer within the budget is not asked again until a probe was answered (`Breaker`).
+waits. What other tiers have may take as long as computing it would (`Pace`). A server that does not answer within the
+budget is not asked again until a probe was answered (`Breaker`).
 
 Threads: the engine's thread alone.
 """
@@ -21,18 +23,26 @@ from kvcache.breaker import Breaker
 from kvcache.client import CacheClient
 from kvcache.keys import BlockKey, join_keys
 from kvcache.orders import Load, Loaded, Piece
+from kvcache.pace import Pace
 
 SEARCH_BUDGET_S = 0.1
 """How long a request may wait for the answer before it is computed without the cache. A hundred times what it takes."""
+
+COMING_S = 2.0
+"""How long blocks of other tiers may take while nobody knows how long computing them would."""
 
 
 class Stage(enum.Enum):
     """Where a request's look-up stands."""
 
     ASKED = "asked"
+    COMING = "coming"
     KNOWN = "known"
     LOADING = "loading"
     OVER = "over"
+
+
+_OPEN = (Stage.ASKED, Stage.COMING)
 
 
 @dataclass
@@ -47,6 +57,7 @@ class _LookUp:
     slots: list[wire.Slot] = field(default_factory=list)
     grants: list[wire.Grant] = field(default_factory=list)
     arena_id: str = ""
+    num_coming: int = 0
     is_gone: bool = False
 
 
@@ -59,6 +70,7 @@ class Reader:
         self._clock = clock
         self._budget_s = budget_s
         self._breaker = Breaker(clock)
+        self.pace = Pace(clock)
         self._all: dict[str, _LookUp] = {}
         self._loads: list[Load] = []
         self._late: list[_LookUp] = []
@@ -77,16 +89,16 @@ class Reader:
         look_up = self._all.get(request_id)
         if look_up is None:
             return 0
-        if look_up.stage is Stage.ASKED and not self._hear(look_up):
+        if look_up.stage in _OPEN and not self._hear(look_up):
             return None
-        if look_up.stage is not Stage.KNOWN:
+        if look_up.stage is not Stage.KNOWN or not look_up.slots or not self.pace.is_worth_loading():
             return 0
         return max(min(len(look_up.slots) * self._block_size, num_prompt - 1) - found_tokens, 0)
 
     def grants(self, request_id: str) -> list[tuple[BlockKey, int]]:
         """(key, offset) of blocks that the request may store, once; empty before the answer."""
         look_up = self._all.get(request_id)
-        if look_up is None or (look_up.stage is Stage.ASKED and not self._hear(look_up)):
+        if look_up is None or (look_up.stage in _OPEN and not self._hear(look_up)):
             return []
         if look_up.epoch != self._client.epoch:
             return []
@@ -100,8 +112,9 @@ class Reader:
             return False
         first, end = found_tokens // self._block_size, -(-(found_tokens + num_tokens) // self._block_size)
         pieces = [
-            Piece(block_ids[index], look_up.slots[index].offset, look_up.keys[index], look_up.slots[index].digest)
-            for index in range(first, end)
+            Piece(block_ids[index], slot.offset, look_up.keys[index], slot.digest, slot.tier)
+            for index, slot in enumerate(look_up.slots[:end])
+            if index >= first
         ]
         self._loads.append(Load(request_id, look_up.arena_id, pieces))
         look_up.stage = Stage.LOADING
@@ -118,6 +131,8 @@ class Reader:
         look_up = self._all.get(loaded.request_id)
         if loaded.bad:
             self._client.send(wire.Bad(loaded.bad))
+        if not loaded.why:
+            self.pace.loaded(loaded.num_blocks * self._block_size, loaded.seconds)
         if look_up is not None and look_up.stage is Stage.LOADING:
             self._end(look_up)
             if look_up.is_gone:
@@ -132,7 +147,7 @@ class Reader:
             look_up.is_gone = True
             return
         del self._all[request_id]
-        if look_up.stage is Stage.ASKED:
+        if look_up.stage in _OPEN:
             self._late.append(look_up)
         elif look_up.stage is Stage.KNOWN:
             self._end(look_up)
@@ -150,16 +165,27 @@ class Reader:
         if isinstance(answer, wire.Found):
             self._breaker.good()
             look_up.slots, look_up.grants = answer.slots[: len(look_up.keys)], answer.grants
-            look_up.stage, look_up.arena_id = Stage.KNOWN, self._client.arena_id
-            return True
+            look_up.arena_id, look_up.num_coming = self._client.arena_id, answer.coming
+            look_up.stage = Stage.COMING if answer.coming else Stage.KNOWN
+            return not answer.coming
         is_lost = look_up.epoch != self._client.epoch or not self._client.is_connected
-        if not is_lost and self._clock.monotonic_s() - look_up.asked_s < self._budget_s:
+        if not is_lost and self._clock.monotonic_s() - look_up.asked_s < self._patience_s(look_up):
             return False
         if not is_lost:
-            self._breaker.bad()
             self._late.append(look_up)
-        look_up.stage = Stage.OVER
+        if look_up.stage is Stage.COMING:
+            look_up.stage = Stage.KNOWN
+        else:
+            look_up.stage = Stage.OVER
+            if not is_lost:
+                self._breaker.bad()
         return True
+
+    def _patience_s(self, look_up: _LookUp) -> float:
+        if look_up.stage is Stage.ASKED:
+            return self._budget_s
+        compute_s = self.pace.compute_s(look_up.num_coming * self._block_size)
+        return self._budget_s + (COMING_S if compute_s is None else compute_s)
 
     def _end(self, look_up: _LookUp) -> None:
         look_up.stage = Stage.OVER
@@ -171,7 +197,7 @@ class Reader:
         if look_up.epoch != self._client.epoch or not self._client.is_connected:
             return True
         answer = self._client.take(look_up.number)
-        if not isinstance(answer, wire.Found):
+        if not isinstance(answer, wire.Found) or answer.coming:
             return False
         self._breaker.good()
         self._client.send(wire.Release(look_up.number))

@@ -39,10 +39,11 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
 
 
 class Slot(msgspec.Struct, frozen=True, array_like=True):
-    """Where a complete block lies, and the digest of what must be found there."""
+    """Where a complete block lies, the digest of what must be found there, and the tier that had it."""
 
     offset: int
     digest: int
+    tier: str = "host"
 
 
 class Grant(msgspec.Struct, frozen=True, array_like=True):
@@ -61,11 +62,13 @@ class Search(msgspec.Struct, frozen=True, tag=True):
 
 
 class Found(msgspec.Struct, frozen=True, tag=True):
-    """The prefix, pinned until Release; and what may be written."""
+    """The prefix, pinned until Release; and what may be written. coming: so many blocks more are on their way from
+    other tiers, and a second Found follows when they have come."""
 
     id: int
     slots: list[Slot] = []
     grants: list[Grant] = []
+    coming: int = 0
 
 
 class Reserve(msgspec.Struct, frozen=True, tag=True):

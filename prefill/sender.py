@@ -98,12 +98,12 @@ class Sender:
             if out is not None and allows(out.state, Event.START):
                 self._move(out, Event.START)
 
-    def loaded(self, request_id: str, load: FromCache) -> None:
+    def loaded(self, request_id: str, parts: list[FromCache]) -> None:
         """The KV cache gave a part of the prompt, which is pushed as if it had been computed."""
         with self._lock:
             out = self._by_request.get(request_id)
             if out is not None:
-                out.from_cache.append(load)
+                out.from_cache += parts
 
     def chunk(self, request_id: str, num_tokens: int, block_ids: list[int]) -> None:
         """A chunk is scheduled, after which `num_tokens` of the prompt are computed, in these blocks."""

@@ -35,6 +35,7 @@ def test_every_block_is_written_and_only_the_last_token_is_computed(
         "prompt": num_tokens,
         "handed_over": num_tokens - 1 - found,
         "found_locally": found,
+        "from_cache": 0,
         "computed": 1,
     }
     assert entry["decode"]["audited_pairs"] == (num_blocks - found // BLOCK) * LAYERS

@@ -25,6 +25,7 @@ class Instance:
 
     def __init__(self, socket: str, name: str = "engine") -> None:
         clock = SystemClock()
+        self.socket = socket
         self.engine = Engine()
         self.client = CacheClient(socket, wire.Hello(name, "boot", BLOCK_BYTES))
         self.reader = Reader(self.client, BLOCK_SIZE, clock)

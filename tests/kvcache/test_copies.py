@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcache.client import fetch_arena
+from kvcache.client import ask_figures, fetch_arena
 from tests.kvcache.instance import BLOCK_SIZE, Instance
 from tests.kvcache.places import BLOCK_BYTES, Server, serving
 from tests.poll import until
@@ -41,13 +41,14 @@ def store_prompt(instance: Instance, request: str = "first") -> list[bytes]:
     assert instance.compute(request, PROMPT, 2) == 2
     assert instance.compute(request, PROMPT, 3) == 1
     instance.finish(request)
+    until(lambda: ask_figures(instance.socket)["committed_blocks"] == 3, what="the commits")
     return blocks
 
 
 def test_what_one_instance_computed_another_loads_byte_by_byte(pair: tuple[Instance, Instance]) -> None:
     a, b = pair
     blocks = store_prompt(a)
-    num_tokens = until(lambda: b.arrive("second", PROMPT), what="the hit")
+    num_tokens = b.arrive("second", PROMPT)
     assert num_tokens == 3 * BLOCK_SIZE
     loaded = b.load("second", num_tokens, [9, 4, 7])
     assert (loaded.why, loaded.num_blocks, loaded.num_bytes) == ("", 3, 3 * BLOCK_BYTES)
@@ -59,7 +60,6 @@ def test_nothing_is_stored_twice_and_nothing_stays_reserved_or_pinned(
 ) -> None:
     a, b = pair
     store_prompt(a)
-    until(lambda: server.figures()["committed_blocks"] == 3, what="the commits")
     for instance, request in ((a, "again"), (b, "other")):
         assert instance.arrive(request, (*PROMPT, 4)) == 3 * BLOCK_SIZE
         instance.finish(request)
@@ -78,7 +78,6 @@ def test_one_flipped_bit_is_a_miss_and_is_never_found_again(
 ) -> None:
     a, b = pair
     store_prompt(a)
-    until(lambda: server.figures()["committed_blocks"] == 3, what="the commits")
     fd, num_bytes, _ = fetch_arena(server.socket, "test")
     arena = Mapping(fd, num_bytes)
     os.close(fd)
@@ -96,7 +95,7 @@ def test_a_block_under_another_key_is_no_hit(server: Server, pair: tuple[Instanc
     """The digest binds the bytes to their key: a server that mixes places up cannot make a request read them."""
     a, b = pair
     store_prompt(a)
-    assert until(lambda: b.arrive("second", PROMPT), what="the hit") == 3 * BLOCK_SIZE
+    assert b.arrive("second", PROMPT) == 3 * BLOCK_SIZE
     look_up = b.reader._all["second"]
     look_up.slots[0], look_up.slots[1] = look_up.slots[1], look_up.slots[0]
     assert "differs" in b.load("second", 3 * BLOCK_SIZE, [0, 1, 2]).why
@@ -105,7 +104,7 @@ def test_a_block_under_another_key_is_no_hit(server: Server, pair: tuple[Instanc
 def test_the_servers_death_costs_hits_and_no_request(server: Server, pair: tuple[Instance, Instance]) -> None:
     a, b = pair
     blocks = store_prompt(a)
-    assert until(lambda: b.arrive("second", PROMPT), what="the hit") == 3 * BLOCK_SIZE
+    assert b.arrive("second", PROMPT) == 3 * BLOCK_SIZE
     assert a.arrive("open", (7, 8)) == 0
     server.kill()
     assert b.load("second", 3 * BLOCK_SIZE, [0, 1, 2]).why == "", "the arena is mapped: its copy needs no server"
@@ -175,7 +174,7 @@ def test_a_preempted_or_cancelled_load_keeps_its_pins_until_its_copy_ended(
 ) -> None:
     a, b = pair
     store_prompt(a)
-    assert until(lambda: b.arrive("second", PROMPT), what="the hit")
+    assert b.arrive("second", PROMPT)
     assert b.reader.load("second", [0, 1, 2], 0, 3 * BLOCK_SIZE)
     b.finish("second")
     for number in range(50, 90):
