@@ -29,7 +29,7 @@ from cluster.progress import Progress
 from cluster.runfolder import RunFolder
 from cluster.supervisor import Supervisor
 from cluster.zygote import Zygote
-from core.errors import BatonError, UnsupportedError
+from core.errors import BatonError, ConfigError, UnsupportedError
 from core.topology import Topology
 from engine.build import installed_build
 from engine.instance import InstanceSpec, cache_folder, source_path
@@ -178,6 +178,7 @@ class Cluster:
     def _start_proxy(self, folder: RunFolder) -> Member:
         command = [sys.executable, "-P", "-m", "proxy", "--host", self._address.host, "--port", str(self._address.port)]
         command += ["--open-control"] if self._options.open_control else []
+        command += ["--tenant-key", str(_tenant_key())]
         command += self._options.proxy_arguments
         log = folder.path / "proxy.log"
         proxy = Member("proxy", log, lambda: start_child(command, {"PYTHONPATH": source_path()}, log))
@@ -262,6 +263,18 @@ class _Parts:
         self.zygote: Zygote | None = None
         self.supervisor: Supervisor | None = None
         self.instances: list[InstanceMember] = []
+
+
+def _tenant_key() -> Path:
+    """Where every proxy of this user finds the secret behind its salts; makes the folder. Raises ConfigError."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make {folder}, where the tenant key lies: {error.strerror}; name another with XDG_CACHE_HOME"
+        ) from error
+    return folder / "tenant.key"
 
 
 def silent_names(body: bytes) -> set[str]:

@@ -30,6 +30,7 @@ from proxy.registry import Registry
 from proxy.router import Router
 from proxy.settings import Settings
 from proxy.split import Endpoint
+from proxy.tenant import make_tenants
 
 _FORWARDED = ("authorization", "traceparent", "tracestate")
 _MAX_CLIENT_ID = 256
@@ -50,11 +51,14 @@ PASSED_THROUGH = [
     "/v1/chat/completions/render",
     "/v1/completions/render",
 ]
-"""vLLM's other JSON endpoints without side effects; they go to one instance as they are."""
+"""vLLM's other JSON endpoints without side effects; they go to one instance as they are, but for the salt."""
+
+SALTED = frozenset({"/v1/responses", "/v1/messages"})
+"""Those of them that generate and, in vLLM 0.32, have a cache_salt."""
 
 
 def make_app(settings: Settings, clock: Clock) -> FastAPI:
-    """A proxy that listens nowhere yet; `app.state.proxy` is its Proxy."""
+    """A proxy that listens nowhere yet; `app.state.proxy` is its Proxy. Raises ConfigError if its key file is bad."""
     proxy = Proxy(settings, clock)
     app = FastAPI(lifespan=proxy.lifespan, openapi_url=None)
     app.state.proxy = proxy
@@ -75,6 +79,7 @@ class Proxy:
     """Everything a proxy consists of, put together once."""
 
     def __init__(self, settings: Settings, clock: Clock) -> None:
+        self._tenants = make_tenants(settings)
         self.registry = Registry(settings, clock, self._probe)
         self.upstream = Upstream(self.registry)
         self.router = Router(self.registry, settings)
@@ -100,17 +105,24 @@ class Proxy:
         """The handler of an endpoint that is split."""
 
         async def handle(request: Request) -> Response:
-            body = read_body(await _read(request))
-            return _Generation(self._flow, self.records, endpoint, body, _forwarded(request))
+            forwarded = _forwarded(request)
+            body = self._of_tenant(read_body(await _read(request)), forwarded)
+            return _Generation(self._flow, self.records, endpoint, body, forwarded)
 
         return handle
 
     async def pass_through(self, request: Request) -> Response:
-        body = read_body(await _read(request))
-        return await self._ask_any(Call(request.url.path, _forwarded(request), body.raw))
+        body, forwarded = read_body(await _read(request)), _forwarded(request)
+        if request.url.path in SALTED:
+            body = self._of_tenant(body, forwarded)
+        return await self._ask_any(Call(request.url.path, forwarded, body.raw))
 
     async def models(self, request: Request) -> Response:
         return await self._ask_any(Call("/v1/models", _forwarded(request), method="GET"))
+
+    def _of_tenant(self, body: ClientBody, forwarded: dict[str, str]) -> ClientBody:
+        salt = self._tenants.salt(forwarded.get("authorization")) if self._tenants is not None else None
+        return body.with_salt(salt)
 
     async def _ask_any(self, call: Call) -> Response:
         """One decode instance, or a prefill one; another if it fails."""

@@ -1,4 +1,4 @@
-"""A client's body: parsed once, guarded, and passed on byte for byte with our ticket spliced in.
+"""A client's body: parsed once, guarded, and passed on byte for byte with its tenant's salt and our ticket spliced in.
 
 The bytes that D gets are the client's own, so nothing that a JSON library might change (number forms, key order,
 escapes) is changed. Clients may not speak to the connector: `kv_transfer_params`, `ec_transfer_params` and any key that
@@ -27,13 +27,21 @@ class ClientBody(msgspec.Struct, frozen=True):
     fields: dict[str, Any]
     raw: bytes
 
+    def with_salt(self, salt: str | None) -> ClientBody:
+        """The same body in the cache of this tenant; unchanged without one, or if the client has set a salt itself."""
+        if salt is None or self.fields.get("cache_salt") is not None:
+            return self
+        return ClientBody(self.fields | {"cache_salt": salt}, self._with("cache_salt", salt))
+
     def with_ticket(self, handoff: Handoff | None) -> bytes:
         """The bytes for the instance that answers."""
-        if handoff is None:
-            return self.raw
-        separator = b"," if self.fields else b""
-        ticket = msgspec.json.encode(handoff.to_params())
-        return self.raw.rstrip()[:-1] + separator + b'"kv_transfer_params":' + ticket + b"}"
+        return self.raw if handoff is None else self._with("kv_transfer_params", handoff.to_params())
+
+    def _with(self, name: str, value: object) -> bytes:
+        """The bytes with one more field, at the end: of a name that is there twice (with null), JSON takes the last."""
+        separator = "," if self.fields else ""
+        field = f'{separator}"{name}":'.encode() + msgspec.json.encode(value)
+        return self.raw.rstrip()[:-1] + field + b"}"
 
 
 def read_body(raw: bytes) -> ClientBody:

@@ -36,6 +36,15 @@ def parse_options(arguments: Sequence[str] | None = None) -> tuple[str, int, Set
     parser.add_argument(
         "--open-control", action="store_true", help="let other hosts register instances: closed nets only"
     )
+    parser.add_argument(
+        "--tenant-key",
+        default=_DEFAULTS.tenant_key,
+        metavar="FILE",
+        help="secret that separates API keys' KV caches; made if missing (default: a random one per start)",
+    )
+    parser.add_argument(
+        "--share-between-keys", action="store_true", help="one KV cache for all API keys: only cache_salt separates"
+    )
     options = vars(parser.parse_args(arguments))
     host, port = options.pop("host"), options.pop("port")
     for name in ("queue_limit", "window", "in_flight_limit", "timeout_s"):
@@ -96,12 +105,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serves until SIGTERM or Ctrl-C; the process's exit code."""
     host, port, settings = parse_options(arguments)
     try:
+        app = make_app(settings, SystemClock())
         sock = listen(host, port)
     except ConfigError as error:
         print(f"proxy: {error}", file=sys.stderr)
         return 1
     shown = f"[{host}]" if ":" in host else host
-    server = make_server(make_app(settings, SystemClock()), f"proxy listening http://{shown}:{sock.getsockname()[1]}")
+    server = make_server(app, f"proxy listening http://{shown}:{sock.getsockname()[1]}")
     # uvicorn stops on these by itself, then raises them once more: that must not look like a death
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.signal(signal.SIGINT, lambda *_: None)

@@ -14,6 +14,8 @@ class Settings(msgspec.Struct, frozen=True):
     threshold: prompts surely shorter than this many tokens are not handed off; 0 hands off all.
     open_control: instances may register from other hosts. Whoever can reach the port can then put an instance of their
         own in the path of every prompt, so it is for closed networks.
+    tenant_key: path of the file with the secret that makes salts of API keys; empty: a random one per start.
+    share_between_keys: API keys are no tenants, and share one KV cache; only a body's own `cache_salt` separates.
     takeover_s: how long, after its prefill instance failed, a decode instance may take to say that it goes on alone.
     lost_after_s: without a heartbeat for this long, an instance gets no new requests.
     gone_after_s: without a heartbeat for this long, the requests it holds are given up and sent elsewhere.
@@ -26,6 +28,8 @@ class Settings(msgspec.Struct, frozen=True):
     queue_timeout_s: float = 120.0
     threshold: int = 0
     open_control: bool = False
+    tenant_key: str = ""
+    share_between_keys: bool = False
     takeover_s: float = 3.0
     lost_after_s: float = 8.0
     gone_after_s: float = 30.0
