@@ -25,14 +25,41 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class CacheSpec(msgspec.Struct, frozen=True):
-    """What `--cache` says: a size, for a server of its own, or the socket of one that runs already."""
+    """What `--cache` says: a size, for a server of its own with further tiers below it (`8GiB,disk=PATH:100GiB,
+    redis://HOST:PORT`), or the socket of one that runs already."""
 
     num_bytes: int = 0
     socket: str = ""
+    disk: str = ""
+    disk_bytes: int = 0
+    redis: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> CacheSpec:
         """Raises ConfigError with the form that is expected."""
+        first, *tiers = text.split(",")
+        spec = cls._parse_first(first)
+        if tiers and spec.socket:
+            raise ConfigError(f"--cache {text}: a server that runs already has its tiers; give its socket alone")
+        for tier in tiers:
+            spec = spec._with_tier(tier)
+        return spec
+
+    def _with_tier(self, text: str) -> CacheSpec:
+        if text.startswith(("redis://", "rediss://", "unix://")):
+            return msgspec.structs.replace(self, redis=(*self.redis, text))
+        path, _, size = text.removeprefix("disk=").rpartition(":")
+        if not text.startswith("disk=") or not path.startswith("/") or self.disk:
+            raise ConfigError(f"--cache: {text!r} is neither disk=/FOLDER:SIZE (once) nor redis://HOST:PORT")
+        return msgspec.structs.replace(self, disk=path, disk_bytes=self._parse_first(size).num_bytes)
+
+    def tier_arguments(self) -> list[str]:
+        """For `python -m kvcache`."""
+        disk = ["--disk", self.disk, "--disk-bytes", str(self.disk_bytes)] if self.disk else []
+        return [*disk, *(word for url in self.redis for word in ("--redis", url))]
+
+    @classmethod
+    def _parse_first(cls, text: str) -> CacheSpec:
         if text.startswith("unix:") or "/" in text:
             path = text.removeprefix("unix:")
             if not path.startswith("/"):
@@ -50,14 +77,15 @@ class CacheSpec(msgspec.Struct, frozen=True):
 class CacheMember(Member):
     """A cache server of this launcher. Raises TransferError if there is no memory for its arena."""
 
-    def __init__(self, num_bytes: int, folder: Path, socket: Path | None = None) -> None:
+    def __init__(self, spec: CacheSpec, folder: Path, socket: Path | None = None) -> None:
         self.socket = socket or folder / "cache.sock"
         if len(str(self.socket)) > LONGEST_SOCKET:
             raise ConfigError(f"{self.socket} is longer than a socket's path may be ({LONGEST_SOCKET} characters)")
-        self._fds = fds = ArenaFds(num_bytes)
+        self._fds = fds = ArenaFds(spec.num_bytes)
         log = folder / "cache.log"
         command = [sys.executable, "-P", "-m", "kvcache", "--socket", str(self.socket)]
         command += ["--arena-fd", str(fds.arena), "--ledger-fd", str(fds.ledger)]
+        command += spec.tier_arguments()
         variables = {"PYTHONPATH": source_path()}
         super().__init__("cache", log, lambda: start_child(command, variables, log, (fds.arena, fds.ledger)))
 

@@ -37,7 +37,7 @@ def serve(options: argparse.Namespace) -> int:
         folder.remove()
         raise ConfigError(f"a cache server listens at {socket} already; give another --socket")
     progress = Progress(sys.stderr)
-    member = CacheMember(spec.num_bytes, folder.path, socket)
+    member = CacheMember(spec, folder.path, socket)
     supervisor = Supervisor([member], progress.note)
     try:
         member.start()

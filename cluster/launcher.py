@@ -168,7 +168,7 @@ class Cluster:
             return ""
         if spec.socket:
             return socket_of(f"unix:{spec.socket}")
-        cache = self._parts.cache = CacheMember(spec.num_bytes, folder.path)
+        cache = self._parts.cache = CacheMember(spec, folder.path)
         cache.start()
         self._wait(lambda: "" if cache.is_ready() else "cache server", 30.0)
         if self._progress:

@@ -12,7 +12,10 @@ import uvloop
 
 from core.clock import SystemClock
 from core.errors import BatonError
+from kvcache.disk import DiskTier
+from kvcache.redis_tier import RedisTier
 from kvcache.server import CacheServer
+from kvcache.tier import Tier
 
 
 def main() -> int:
@@ -21,13 +24,27 @@ def main() -> int:
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--arena-fd", type=int, required=True)
     parser.add_argument("--ledger-fd", type=int, required=True)
+    parser.add_argument("--disk", type=Path, metavar="FOLDER", help="a tier on this disk")
+    parser.add_argument("--disk-bytes", type=int, default=0, help="how much of it")
+    parser.add_argument("--redis", action="append", default=[], metavar="URL", help="a tier on these servers")
     options = parser.parse_args()
+    fds = options.arena_fd, options.ledger_fd
     try:
-        uvloop.run(_serve(CacheServer((options.arena_fd, options.ledger_fd), options.socket, SystemClock())))
+        uvloop.run(_serve(CacheServer(fds, options.socket, SystemClock(), _tiers(options))))
     except BatonError as error:
         print(f"baton cache: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _tiers(options: argparse.Namespace) -> list[Tier]:
+    """The nearest first. Raises ConfigError."""
+    tiers: list[Tier] = []
+    if options.disk is not None:
+        tiers.append(DiskTier(options.disk, options.disk_bytes, SystemClock()))
+    if options.redis:
+        tiers.append(RedisTier(options.redis))
+    return tiers
 
 
 async def _serve(server: CacheServer) -> None:

@@ -137,6 +137,7 @@ class Reader:
             self._end(look_up)
             if look_up.is_gone:
                 del self._all[loaded.request_id]
+                self._abandon(look_up)
 
     def finished(self, request_id: str) -> None:
         """The engine is done with a request. Its pins stay while a load is under way."""
@@ -149,9 +150,10 @@ class Reader:
         del self._all[request_id]
         if look_up.stage in _OPEN:
             self._late.append(look_up)
-        elif look_up.stage is Stage.KNOWN:
+            return
+        if look_up.stage is Stage.KNOWN:
             self._end(look_up)
-            self._abandon(look_up)
+        self._abandon(look_up)
 
     def started(self, request_id: str) -> None:
         """The engine has begun without taking anything: nothing needs to stay pinned."""

@@ -38,6 +38,12 @@ SUPPORTED: list[tuple[str, str, str]] = [
         "engine/test_cache.py::test_all_instances_share_what_one_computed_and_its_death_costs_nothing",
     ),
     (
+        "KV cache on disk, across a restart of everything",
+        "yes",
+        "engine/test_cache.py::test_everything_restarted_the_disk_gives_it_back",
+    ),
+    ("KV cache in Redis, one of two servers dying", "yes", "kvcache/test_redis.py"),
+    (
         "The cache server dies, hangs, or its memory is flipped",
         "yes",
         "engine/test_cache.py::test_a_flipped_bit_in_the_arena_is_computed_anew_and_counted",

@@ -30,9 +30,19 @@ def test_sizes(text: str, num_bytes: int) -> None:
     assert CacheSpec.parse(text) == CacheSpec(num_bytes=num_bytes)
 
 
+def test_tiers_below_the_arena() -> None:
+    spec = CacheSpec.parse("8GiB,disk=/mnt/kv:100GiB,redis://10.0.0.1:6379,redis://10.0.0.2:6379")
+    assert (spec.num_bytes, spec.disk, spec.disk_bytes) == (8 << 30, "/mnt/kv", 100 << 30)
+    assert spec.redis == ("redis://10.0.0.1:6379", "redis://10.0.0.2:6379")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("8GiB,disk=kv:1GiB", "neither disk=/FOLDER:SIZE"),
+        ("8GiB,tape=/x:1GiB", "neither disk=/FOLDER:SIZE"),
+        ("8GiB,disk=/x:lots", "neither a size"),
+        ("unix:/x,disk=/x:1GiB", "give its socket alone"),
         ("8", "did you mean 8GiB?"),
         ("8 apples", "neither a size such as 8GiB nor unix:"),
         ("unix:relative/path", "an absolute path"),

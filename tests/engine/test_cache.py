@@ -254,3 +254,21 @@ def test_a_hanging_cache_server_delays_nobody_for_long(start: Callable[..., Clus
         check_equal(ask_all(cluster.url, bodies, 3), theirs)
     finally:
         cluster.cache.kill(signal.SIGCONT)
+
+
+def test_everything_restarted_the_disk_gives_it_back(
+    start: Callable[..., Cluster], plain: Cluster, tmp_path: Path
+) -> None:
+    """Another launcher, other engines, an empty arena: the tokens are equal and come from the disk."""
+    spec = CacheSpec.parse(f"64MiB,disk={tmp_path}/kv:256MiB")
+    body = completion(1000, 490)
+    expected = ask(plain.url, body).outcome()
+    first = start("0P1D", *CHUNKED, cache=spec)
+    assert ask(first.url, body).outcome() == expected
+    until(lambda: figures(first)["disk_blocks"] == 1000 // BLOCK, what="the blocks on the disk")
+    first.stop()
+    second = start("0P1D", *CHUNKED, cache=spec)
+    answer = ask(second.url, body)
+    assert answer.outcome() == expected
+    parts = record(second.url, answer)["decode"]["from_cache"]
+    assert [(part["tier"], part["tokens"]) for part in parts] == [("disk", 1000 // BLOCK * BLOCK)]

@@ -60,7 +60,8 @@ class Engine:
 class Server:
     """A real server process over an arena that this test holds, as a launcher would."""
 
-    def __init__(self, folder: Path, arena_bytes: int) -> None:
+    def __init__(self, folder: Path, arena_bytes: int, tiers: tuple[str, ...] = ()) -> None:
+        self._tiers = tiers
         self.socket = str(folder / "cache.sock")
         self._fds = ArenaFds(arena_bytes)
         self.process: subprocess.Popen[str] | None = None
@@ -69,6 +70,7 @@ class Server:
         """Returns the server's first line when it answers."""
         command = [sys.executable, "-P", "-m", "kvcache", "--socket", self.socket]
         command += ["--arena-fd", str(self._fds.arena), "--ledger-fd", str(self._fds.ledger)]
+        command += self._tiers
         self.process = subprocess.Popen(
             command,
             pass_fds=(self._fds.arena, self._fds.ledger),
@@ -105,8 +107,8 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, arena_bytes: int) -> Iterator[Server]:
-    server = Server(folder, arena_bytes)
+def serving(folder: Path, arena_bytes: int, *tiers: str) -> Iterator[Server]:
+    server = Server(folder, arena_bytes, tiers)
     server.start()
     try:
         yield server

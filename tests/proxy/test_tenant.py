@@ -20,7 +20,7 @@ from core.errors import ConfigError
 from core.handoff import Handoff, Peer, Role
 from proxy.body import read_body
 from proxy.fields import Kind
-from proxy.server import main, parse_options
+from proxy.server import parse_options
 from proxy.settings import Settings
 from proxy.split import FIELDS, Endpoint, prefill_body
 from proxy.tenant import Tenants, load_secret
@@ -190,14 +190,15 @@ def test_a_proxy_that_starts_again_with_its_key_file_gives_the_same_salts(tmp_pa
     assert len(set(seen)) == 4, "another file, or none, is another secret"
 
 
-def test_a_bad_key_file_is_one_clear_line_at_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_key_file_is_one_clear_line_at_start(tmp_path: Path) -> None:
     path = tmp_path / "tenant.key"
     path.write_bytes(b"short")
     path.chmod(0o600)
-    assert main(["--port", "0", "--tenant-key", str(path)]) == 1
-    line = capsys.readouterr().err
-    assert line.startswith(f"proxy: the tenant key {path} must hold 32 random bytes, not 5:")
-    assert line.count("\n") == 1
+    command = [sys.executable, "-m", "proxy", "--port", "0", "--tenant-key", str(path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert run.returncode == 1
+    assert run.stderr.startswith(f"proxy: the tenant key {path} must hold 32 random bytes, not 5:")
+    assert run.stderr.count("\n") == 1
 
 
 def test_options_become_settings() -> None:

@@ -1,0 +1,75 @@
+"""Tiers below the arena in a real server process: what went down comes up again, or costs nothing but a miss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.kvcache.instance import BLOCK_SIZE, Instance
+from tests.kvcache.places import BLOCK_BYTES, Server, serving
+from tests.poll import until
+
+ARENA_BYTES = 32 * BLOCK_BYTES
+PROMPT = (1, 2, 3)
+
+
+def disk_of(folder: Path) -> tuple[str, ...]:
+    return "--disk", str(folder / "disk"), "--disk-bytes", str(100 * BLOCK_BYTES)
+
+
+def store_prompt(server: Server) -> list[bytes]:
+    """One instance computes PROMPT and ends; returns its blocks once they are on the disk."""
+    instance = Instance(server.socket)
+    assert instance.arrive("first", PROMPT) == 0
+    blocks = [instance.engine.fill(index, number) for index, number in enumerate(PROMPT)]
+    assert instance.compute("first", PROMPT, 3) == 3
+    instance.finish("first")
+    until(lambda: server.figures()["disk_blocks"] == 3, what="the blocks on the disk")
+    instance.close()
+    return blocks
+
+
+def test_after_everything_was_killed_the_disk_still_has_it(tmp_path: Path) -> None:
+    with serving(tmp_path, ARENA_BYTES, *disk_of(tmp_path)) as server:
+        blocks = store_prompt(server)
+    with serving(tmp_path, ARENA_BYTES, *disk_of(tmp_path)) as server:
+        assert server.figures()["blocks"] == 0, "another arena"
+        instance = Instance(server.socket)
+        assert instance.arrive("second", (*PROMPT, 4)) == 3 * BLOCK_SIZE
+        loaded = instance.load("second", 3 * BLOCK_SIZE, [9, 4, 7])
+        assert (loaded.why, loaded.tiers) == ("", {"disk": 3})
+        assert [instance.engine.block(block_id) for block_id in (9, 4, 7)] == blocks
+        assert instance.arrive("third", PROMPT) == 3 * BLOCK_SIZE
+        assert instance.load("third", 3 * BLOCK_SIZE, [1, 2, 3]).tiers == {"host": 3}
+        instance.finish("second")
+        until(lambda: server.figures()["reserved_bytes"] == 0, what="the place of block 4")
+        instance.close()
+
+
+def test_a_flipped_bit_on_the_disk_is_a_miss_and_ends_the_prefix_there(tmp_path: Path) -> None:
+    with serving(tmp_path, ARENA_BYTES, *disk_of(tmp_path)) as server:
+        store_prompt(server)
+    spoiled = [path for path in (tmp_path / "disk").rglob("*") if path.is_file() and b"2/0;2/0;" in path.read_bytes()]
+    (path,) = spoiled
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with serving(tmp_path, ARENA_BYTES, *disk_of(tmp_path)) as server:
+        instance = Instance(server.socket)
+        assert instance.arrive("second", PROMPT) == BLOCK_SIZE
+        assert instance.load("second", BLOCK_SIZE, [0]).why == ""
+        assert server.figures()["disk_corrupt"] == 1
+        instance.close()
+
+
+def test_a_redis_that_is_not_there_costs_a_moment_and_no_block(tmp_path: Path) -> None:
+    with serving(tmp_path, ARENA_BYTES, "--redis", "redis://127.0.0.1:9/0") as server:
+        instance = Instance(server.socket)
+        for number in range(5):
+            request = f"r{number}"
+            assert instance.arrive(request, (10 + number,)) == 0
+            instance.engine.fill(0, 10 + number)
+            instance.compute(request, (10 + number,), 1)
+            instance.finish(request)
+        until(lambda: server.figures()["redis_bypassed"] == 1, what="the breaker")
+        assert server.figures()["redis_errors"] > 0
+        instance.close()
