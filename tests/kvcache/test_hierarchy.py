@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tests.kvcache.instance import BLOCK_SIZE, Instance
 from tests.kvcache.places import BLOCK_BYTES, Server, serving
+from tests.kvcache.test_redis import RedisServer, needs_server
 from tests.poll import until
 
 ARENA_BYTES = 32 * BLOCK_BYTES
@@ -16,14 +17,14 @@ def disk_of(folder: Path) -> tuple[str, ...]:
     return "--disk", str(folder / "disk"), "--disk-bytes", str(100 * BLOCK_BYTES)
 
 
-def store_prompt(server: Server) -> list[bytes]:
-    """One instance computes PROMPT and ends; returns its blocks once they are on the disk."""
+def store_prompt(server: Server, figure: str = "disk_blocks") -> list[bytes]:
+    """One instance computes PROMPT and ends; returns its blocks once a tier below has them."""
     instance = Instance(server.socket)
     assert instance.arrive("first", PROMPT) == 0
     blocks = [instance.engine.fill(index, number) for index, number in enumerate(PROMPT)]
     assert instance.compute("first", PROMPT, 3) == 3
     instance.finish("first")
-    until(lambda: server.figures()["disk_blocks"] == 3, what="the blocks on the disk")
+    until(lambda: server.figures()[figure] == 3, what="the blocks below the arena")
     instance.close()
     return blocks
 
@@ -73,3 +74,25 @@ def test_a_redis_that_is_not_there_costs_a_moment_and_no_block(tmp_path: Path) -
         until(lambda: server.figures()["redis_bypassed"] == 1, what="the breaker")
         assert server.figures()["redis_errors"] > 0
         instance.close()
+
+
+@needs_server
+def test_another_host_finds_it_in_redis_and_one_of_two_servers_may_die(tmp_path: Path) -> None:
+    servers = [RedisServer(tmp_path), RedisServer(tmp_path)]
+    try:
+        for redis in servers:
+            redis.start()
+        tiers = [word for redis in servers for word in ("--redis", redis.url)]
+        with serving(tmp_path, ARENA_BYTES, *tiers) as server:
+            blocks = store_prompt(server, "redis_puts")
+        servers[0].kill()
+        with serving(tmp_path, ARENA_BYTES, *tiers) as server:
+            instance = Instance(server.socket)
+            assert instance.arrive("second", PROMPT) == 3 * BLOCK_SIZE
+            loaded = instance.load("second", 3 * BLOCK_SIZE, [9, 4, 7])
+            assert (loaded.why, loaded.tiers) == ("", {"redis": 3})
+            assert [instance.engine.block(block_id) for block_id in (9, 4, 7)] == blocks
+            instance.close()
+    finally:
+        for redis in servers:
+            redis.close()
