@@ -85,14 +85,14 @@ class Listener:
         self._answer = answer
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
-        self._connections: list[socket.socket] = []
+        self.connections: list[socket.socket] = []
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join()
-        for connection in (self._listener, *self._connections):
+        for connection in (self._listener, *self.connections):
             connection.close()
 
     def _serve(self) -> None:
@@ -101,7 +101,7 @@ class Listener:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            self._connections.append(connection)
+            self.connections.append(connection)
             connection.settimeout(5)
             connection.recv(65536)
             connection.sendall(self._answer)
@@ -510,6 +510,18 @@ def test_garbage_is_an_error_and_soon(answer: bytes) -> None:
                 call()
             assert time.monotonic() - begin_s < TIMEOUT_S + SLACK_S
             clock.advance(LONGEST_PAUSE_S + 1)
+    finally:
+        tier.close()
+        listener.close()
+
+
+def test_a_connection_that_is_out_of_step_is_not_kept() -> None:
+    listener = Listener(b":1\r\n")
+    tier = RedisTier([listener.url], timeout_s=TIMEOUT_S)
+    try:
+        with pytest.raises(TierError, match="where bytes was due"):
+            read(tier, 1)
+        assert listener.connections[0].recv(1) == b"", "closed, not silent"
     finally:
         tier.close()
         listener.close()
