@@ -290,7 +290,7 @@ def test_after_close_it_finds_and_keeps_nothing_and_the_files_stay(folder: Path)
 
 def test_the_folder_and_all_in_it_are_private(folder: Path) -> None:
     with closing(tier_in(folder)) as tier:
-        put(tier, 1)
+        put(tier, 1, 2)
     modes = {path: path.stat().st_mode & 0o777 for path in (folder, *folder.rglob("*"))}
     assert modes == {path: 0o700 if path.is_dir() else 0o600 for path in modes}
 
@@ -406,6 +406,7 @@ def test_a_failed_write_is_never_visible(folder: Path, monkeypatch: pytest.Monke
 
     def fail(*_: object) -> None:
         assert files_in(folder), "something was written"
+        assert not file_of(folder, 1).exists(), "under another name"
         assert held(tier, range(2)) == []
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -426,6 +427,27 @@ def test_a_file_that_was_evicted_while_it_is_looked_for_is_a_miss_and_not_corrup
         assert read(tier, 1)[0] is None
         figures = tier.figures()
         assert (figures.blocks, figures.num_bytes, figures.corrupt) == (1, FILE_BYTES, 0)
+
+
+def test_a_reader_of_a_spoilt_file_does_not_remove_the_block_that_replaced_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.preadv
+    blocks: dict[int, bytes] = {}
+
+    def replaced_meanwhile(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        num_read = real(descriptor, buffers, offset)
+        tier.delete([key_of(1)])
+        blocks.update(put(tier, 1))
+        return num_read
+
+    with closing(tier_in(folder)) as tier:
+        put(tier, 1)
+        flip(file_of(folder, 1), 999)
+        with monkeypatch.context() as racing:
+            racing.setattr(os, "preadv", replaced_meanwhile)
+            assert read(tier, 1)[0] is None
+        assert read(tier, 1) == (1, blocks[1])
 
 
 def test_subfolders_that_somebody_removed_are_made_again(folder: Path) -> None:
