@@ -51,7 +51,7 @@ class CacheSpec(msgspec.Struct, frozen=True):
         path, _, size = text.removeprefix("disk=").rpartition(":")
         if not text.startswith("disk=") or not path.startswith("/") or self.disk:
             raise ConfigError(f"--cache: {text!r} is neither disk=/FOLDER:SIZE (once) nor redis://HOST:PORT")
-        return msgspec.structs.replace(self, disk=path, disk_bytes=self._parse_first(size).num_bytes)
+        return msgspec.structs.replace(self, disk=path, disk_bytes=_size(size, "a size such as 100GiB"))
 
     def tier_arguments(self) -> list[str]:
         """For `python -m kvcache`."""
@@ -65,13 +65,7 @@ class CacheSpec(msgspec.Struct, frozen=True):
             if not path.startswith("/"):
                 raise ConfigError(f"--cache {text}: the socket of a cache server is an absolute path")
             return cls(socket=path)
-        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
-        if match is None:
-            raise ConfigError(f"--cache {text!r} is neither a size such as 8GiB nor unix:/path/of/a/cache/server")
-        num_bytes = int(float(match[1]) * _UNITS[match[2].upper()])
-        if num_bytes < SMALLEST_BYTES:
-            raise ConfigError(f"--cache {text}: less than 1MiB holds nothing; did you mean {match[1]}GiB?")
-        return cls(num_bytes=num_bytes)
+        return cls(num_bytes=_size(text, "a size such as 8GiB, or unix:/path/of/a/cache/server"))
 
 
 class CacheMember(Member):
@@ -95,6 +89,17 @@ class CacheMember(Member):
     def release(self) -> None:
         """Called after the server was stopped: the arena goes with the last engine that maps it."""
         self._fds.close()
+
+
+def _size(text: str, wanted: str) -> int:
+    """Bytes. Raises ConfigError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f"--cache: {text!r} is not {wanted}")
+    num_bytes = int(float(match[1]) * _UNITS[match[2].upper()])
+    if num_bytes < SMALLEST_BYTES:
+        raise ConfigError(f"--cache: less than 1MiB holds nothing; {text}: did you mean {match[1]}GiB?")
+    return num_bytes
 
 
 def socket_of(text: str) -> str:

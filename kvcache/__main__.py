@@ -13,7 +13,6 @@ import uvloop
 from core.clock import SystemClock
 from core.errors import BatonError
 from kvcache.disk import DiskTier
-from kvcache.redis_tier import RedisTier
 from kvcache.server import CacheServer
 from kvcache.tier import Tier
 
@@ -43,6 +42,8 @@ def _tiers(options: argparse.Namespace) -> list[Tier]:
     if options.disk is not None:
         tiers.append(DiskTier(options.disk, options.disk_bytes, SystemClock()))
     if options.redis:
+        from kvcache.redis_tier import RedisTier
+
         tiers.append(RedisTier(options.redis))
     return tiers
 

@@ -113,6 +113,8 @@ class Client:
         return [wire.Slot(entry.offset, entry.digest, tier) for entry, tier in zip(found, tiers, strict=False)]
 
     def _answer(self, message: wire.Search, keys: list[BlockKey], slots: list[wire.Slot]) -> None:
+        self._index.counts.searched += len(keys)
+        self._index.counts.found += len(slots)
         grants = self._reserve(keys[len(slots) :], len(slots)) if message.reserve else []
         self.send(wire.Found(message.id, slots, grants))
 
@@ -131,10 +133,11 @@ class Client:
         self._index.touch([block.key for block in message.blocks])
 
     def _release(self, lease: int) -> None:
-        """Also of a search that still waits for other tiers: what comes later is nobody's."""
+        """Also of a search that still waits for other tiers: it is answered with nothing, what comes is nobody's."""
         task = self._searching.pop(lease, None)
         if task is not None:
             task.cancel()
+            self.send(wire.Found(lease))
         self._index.release(self._owner, lease)
 
     def _quarantine(self, message: wire.Bad) -> None:

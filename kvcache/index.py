@@ -77,6 +77,8 @@ class Lease:
 class Counts:
     """Since the server started, in blocks."""
 
+    searched: int = 0
+    found: int = 0
     committed: int = 0
     evicted: int = 0
     refused: int = 0
@@ -104,7 +106,7 @@ class Index:
         self._ledger = ledger
         self._clock = clock
         self._ranges = Ranges(capacity_bytes)
-        self._entries: dict[BlockKey, Entry] = {}
+        self._reserved: dict[BlockKey, Entry] = {}
         self._ready: OrderedDict[BlockKey, Entry] = OrderedDict()
         self._cooling: list[Entry] = []
         self._leases: dict[tuple[int, int], Lease] = {}
@@ -159,28 +161,28 @@ class Index:
         granted = []
         size = aligned(num_bytes)
         for index, key in enumerate(keys):
-            if key in self._entries:
+            if key in self._ready or key in self._reserved:
                 continue
             offset = self._make_room(size)
             if offset is None:
                 self.counts.refused += len(keys) - index
                 break
             deadline_s = math.inf if owner == SERVER else self._clock.monotonic_s() + RESERVATION_S
-            self._entries[key] = Entry(key, offset, num_bytes, owner, State.RESERVED, deadline_s)
+            self._reserved[key] = Entry(key, offset, num_bytes, owner, State.RESERVED, deadline_s)
             self.usage.reserved += size
             granted.append((index, offset))
         return granted
 
     def commit(self, owner: int, key: BlockKey, offset: int, digest: int) -> bool:
         """The block is written: found from now on. False if the reservation is not this owner's (any more)."""
-        entry = self._entries.get(key)
-        if entry is None or entry.state is not State.RESERVED or (entry.owner, entry.offset) != (owner, offset):
+        entry = self._reserved.get(key)
+        if entry is None or (entry.owner, entry.offset) != (owner, offset):
             return False
         if not self._ledger.write(Line(key, offset, entry.num_bytes, digest)):
             self._cool(entry)
             return False
         entry.state, entry.digest = State.READY, digest
-        self._ready[key] = entry
+        self._ready[key] = self._reserved.pop(key)
         self.usage.reserved -= aligned(entry.num_bytes)
         self.usage.ready += aligned(entry.num_bytes)
         self.counts.committed += 1
@@ -189,8 +191,8 @@ class Index:
     def abandon(self, owner: int, keys: Sequence[BlockKey]) -> None:
         """The owner will not write these; what it has not reserved is passed over."""
         for key in keys:
-            entry = self._entries.get(key)
-            if entry is not None and entry.owner == owner and entry.state is State.RESERVED:
+            entry = self._reserved.get(key)
+            if entry is not None and entry.owner == owner:
                 self._cool(entry)
 
     def quarantine(self, key: BlockKey, offset: int, digest: int) -> bool:
@@ -213,7 +215,7 @@ class Index:
         """Its connection has ended: its pins end, and its reservations after a moment in which it may still write."""
         for held_by, lease in [name for name in self._leases if name[0] == owner]:
             self.release(held_by, lease)
-        for entry in [e for e in self._entries.values() if e.owner == owner and e.state is State.RESERVED]:
+        for entry in [e for e in self._reserved.values() if e.owner == owner]:
             self._cool(entry)
 
     def expire(self) -> None:
@@ -222,8 +224,7 @@ class Index:
         for name in [name for name, lease in self._leases.items() if now_s > lease.deadline_s]:
             self.release(*name)
             self.counts.expired += 1
-        late = [e for e in self._entries.values() if e.state is State.RESERVED and now_s > e.deadline_s]
-        for entry in late:
+        for entry in [e for e in self._reserved.values() if now_s > e.deadline_s]:
             self._cool(entry)
             self.counts.expired += 1
         for entry in [e for e in self._cooling if now_s >= e.deadline_s and e.pins == 0]:
@@ -258,12 +259,12 @@ class Index:
         self._cooling.append(entry)
 
     def _remove(self, entry: Entry) -> None:
-        del self._entries[entry.key]
         if entry.state is State.READY:
             del self._ready[entry.key]
             self._ledger.clear(entry.key)
             self.usage.ready -= aligned(entry.num_bytes)
         else:
+            del self._reserved[entry.key]
             self.usage.reserved -= aligned(entry.num_bytes)
 
     def _take_over(self, line: Line) -> None:
@@ -271,6 +272,6 @@ class Index:
             self._ledger.clear(line.key)
             return
         entry = Entry(line.key, line.offset, line.num_bytes, 0, State.READY, 0.0, line.digest)
-        self._entries[line.key] = self._ready[line.key] = entry
+        self._ready[line.key] = entry
         self.usage.ready += aligned(line.num_bytes)
         self.counts.taken_over += 1

@@ -202,7 +202,8 @@ class Reader:
         if not isinstance(answer, wire.Found) or answer.coming:
             return False
         self._breaker.good()
-        self._client.send(wire.Release(look_up.number))
+        if look_up.stage not in (Stage.KNOWN, Stage.LOADING):  # those still need their pins, and end them themselves
+            self._client.send(wire.Release(look_up.number))
         look_up.grants = answer.grants
         self._abandon(look_up)
         return True

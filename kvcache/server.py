@@ -6,7 +6,7 @@ It touches no block's bytes on an engine's way to the arena; other tiers are fil
 connection ends loses its pins at once and its reservations after a moment. Whoever started the server holds the
 arena's and the ledger's descriptors: a restarted server takes both over.
 
-Memory model: arena and ledger are memfds of the starter; the arena's pages are made present piece by piece, so that
+Memory model: arena and ledger are memfds of the starter; the arena's pages are made present in the background, so that
 no engine meets a page fault that must first find memory.
 Threading: one event loop; one thread populates the arena and ends; tiers have threads of their own.
 """

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from core.clock import Clock
 from kvcache import wire
@@ -30,13 +31,23 @@ FIRST_PAUSE_S = 0.1
 """Before a refused block is asked for again; doubles each time."""
 
 
+class _Place(NamedTuple):
+    """One block's place in the arena; after `deadline_s` (monotonic) it may be another's."""
+
+    offset: int
+    deadline_s: float
+
+
 @dataclass
 class _Places:
-    """One request's blocks in the arena. `asked`: how many of its keys, from the first, were asked for; `question`: the
-    one that is open, for the keys of `questioned`; `refused`: those that somebody else had or was writing."""
+    """One request's blocks in the arena.
+
+    asked: how many of its keys, from the first, were asked for. question: the one that is open, for the keys of
+    `questioned`, asked at `asked_s`. refused: those that somebody else had or was writing.
+    """
 
     epoch: int
-    deadline_s: float
+    asked_s: float
     keys: list[BlockKey] = field(default_factory=list)
     asked: int = 0
     question: int = 0
@@ -44,7 +55,7 @@ class _Places:
     refused: list[int] = field(default_factory=list)
     ask_again_s: float = 0.0
     pause_s: float = FIRST_PAUSE_S
-    granted: dict[int, int] = field(default_factory=dict)
+    granted: dict[int, _Place] = field(default_factory=dict)
 
 
 class Writer:
@@ -61,7 +72,7 @@ class Writer:
     def arrive(self, request_id: str, keys: Sequence[BlockKey], *, asked: bool) -> None:
         """A request is new. asked: its look-up has asked for the places of these keys' missing blocks."""
         if request_id not in self._all and self._client.is_connected:
-            places = _Places(self._client.epoch, self._clock.monotonic_s() + RESERVATION_S - MARGIN_S, list(keys))
+            places = _Places(self._client.epoch, self._clock.monotonic_s(), list(keys))
             places.asked = len(keys) if asked else 0
             self._all[request_id] = places
 
@@ -70,7 +81,8 @@ class Writer:
         known = self._all.get(request_id)
         if known is not None and places:
             at = {key: index for index, key in enumerate(known.keys)}
-            known.granted |= {at[key]: offset for key, offset in places if key in at}
+            deadline_s = known.asked_s + RESERVATION_S - MARGIN_S
+            known.granted |= {at[key]: _Place(offset, deadline_s) for key, offset in places if key in at}
 
     def is_due(self, request_id: str, num_tokens: int, num_keys: int) -> bool:
         """Whether `scheduled` has something to do: cheap, for every request of every step."""
@@ -91,12 +103,14 @@ class Writer:
             del self._all[request_id]
             return
         self._hear(places)
+        self._expire(places)
         num_full = min(num_tokens // self._block_size, len(keys), len(block_ids))
         ready = sorted(index for index in places.granted if index < num_full)
-        if ready and self._clock.monotonic_s() < places.deadline_s:
-            pieces = [Piece(block_ids[index], places.granted.pop(index), keys[index]) for index in ready]
-            arena_id = self._client.arena_id
-            self._stores.append(Store(request_id, arena_id, places.epoch, places.deadline_s, pieces))
+        if ready:
+            due = {index: places.granted.pop(index) for index in ready}
+            pieces = [Piece(block_ids[index], place.offset, keys[index]) for index, place in due.items()]
+            deadline_s = min(place.deadline_s for place in due.values())
+            self._stores.append(Store(request_id, self._client.arena_id, places.epoch, deadline_s, pieces))
         self._ask(places, keys)
 
     def take_stores(self) -> list[Store]:
@@ -139,10 +153,22 @@ class Writer:
             return
         answer = self._client.take(places.question)
         if isinstance(answer, wire.Granted):
-            granted = {places.questioned[g.index]: g.offset for g in answer.grants if g.index < len(places.questioned)}
+            deadline_s = places.asked_s + RESERVATION_S - MARGIN_S
+            granted = {
+                places.questioned[grant.index]: _Place(grant.offset, deadline_s)
+                for grant in answer.grants
+                if grant.index < len(places.questioned)
+            }
             places.granted |= granted
-            places.refused = [index for index in places.questioned if index not in granted]
+            places.refused += [index for index in places.questioned if index not in granted]
             places.question = 0
+
+    def _expire(self, places: _Places) -> None:
+        """Places that were not filled in time, by a request that waited long: asked for again."""
+        now_s = self._clock.monotonic_s()
+        for index in [index for index, place in places.granted.items() if now_s >= place.deadline_s]:
+            del places.granted[index]
+            places.refused.append(index)
 
     def _ask(self, places: _Places, keys: Sequence[BlockKey]) -> None:
         """For blocks whose tokens have come since the last question and, after a pause, for those that were refused."""
@@ -158,6 +184,5 @@ class Writer:
             return
         places.question = self._client.reserve(join_keys(keys[index] for index in wanted))
         if places.question:
-            places.questioned, places.refused, places.asked = wanted, [], len(keys)
-            if not places.granted:
-                places.deadline_s = now_s + RESERVATION_S - MARGIN_S
+            places.questioned, places.asked, places.asked_s = wanted, len(keys), now_s
+            places.refused = [index for index in places.refused if index not in wanted]

@@ -41,12 +41,13 @@ def test_tiers_below_the_arena() -> None:
     [
         ("8GiB,disk=kv:1GiB", "neither disk=/FOLDER:SIZE"),
         ("8GiB,tape=/x:1GiB", "neither disk=/FOLDER:SIZE"),
-        ("8GiB,disk=/x:lots", "neither a size"),
+        ("8GiB,disk=/x:lots", "'lots' is not a size such as 100GiB"),
+        ("8GiB,disk=/x:/y", "'/y' is not a size such as 100GiB"),
         ("unix:/x,disk=/x:1GiB", "give its socket alone"),
         ("8", "did you mean 8GiB?"),
-        ("8 apples", "neither a size such as 8GiB nor unix:"),
+        ("8 apples", "not a size such as 8GiB, or unix:"),
         ("unix:relative/path", "an absolute path"),
-        ("-4GiB", "neither a size"),
+        ("-4GiB", "not a size"),
     ],
 )
 def test_other_words_are_refused_with_the_form_that_is_expected(text: str, said: str) -> None:
@@ -89,8 +90,8 @@ def served(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     assert not Path(socket).exists(), "nothing is left"
 
 
-def test_serve_stats_and_drop(served: tuple[str, subprocess.Popen[str]]) -> None:
-    socket, _ = served
+def one_block_stored(socket: str) -> CacheClient:
+    """A client that has committed a block."""
     client = CacheClient(socket, wire.Hello("engine", "boot", 4096))
     until(lambda: client.is_connected, what="the connection")
     number = client.reserve(join_keys([key(1)]))
@@ -98,6 +99,12 @@ def test_serve_stats_and_drop(served: tuple[str, subprocess.Popen[str]]) -> None
     assert isinstance(granted, wire.Granted)
     client.send(wire.Commit([wire.Written(key(1), granted.grants[0].offset, 5)]))
     until(lambda: ask_figures(socket)["blocks"] == 1, what="the commit")
+    return client
+
+
+def test_serve_stats_and_drop(served: tuple[str, subprocess.Popen[str]]) -> None:
+    socket, _ = served
+    client = one_block_stored(socket)
     shown = baton("cache", "stats", "--socket", socket)
     assert ["blocks", "1"] in [line.split() for line in shown.stdout.splitlines()]
     dropped = baton("cache", "drop", "--socket", socket)
@@ -109,13 +116,7 @@ def test_serve_stats_and_drop(served: tuple[str, subprocess.Popen[str]]) -> None
 
 def test_a_killed_server_is_started_again_with_what_it_held(served: tuple[str, subprocess.Popen[str]]) -> None:
     socket, process = served
-    client = CacheClient(socket, wire.Hello("engine", "boot", 4096))
-    until(lambda: client.is_connected, what="the connection")
-    number = client.reserve(join_keys([key(1)]))
-    granted = until(lambda: client.take(number), what="the place")
-    assert isinstance(granted, wire.Granted)
-    client.send(wire.Commit([wire.Written(key(1), granted.grants[0].offset, 5)]))
-    until(lambda: ask_figures(socket)["blocks"] == 1, what="the commit")
+    client = one_block_stored(socket)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     others = [pid for group in children for pid in group_members(int(group))]
     assert others or children

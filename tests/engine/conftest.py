@@ -27,6 +27,17 @@ def shared_cluster(zygote: Any) -> Iterator[Callable[..., Cluster]]:
         yield make
 
 
+@pytest.fixture
+def start(zygote: Any) -> Iterator[Callable[..., Cluster]]:
+    """`start("1P1D", *vllm_arguments, transport="shm", ...)`: a cluster of the test's own, to be broken."""
+    with ExitStack() as stack:
+
+        def make(topology: str, *arguments: str, **more: Any) -> Cluster:
+            return stack.enter_context(Cluster(topology, options(*arguments, **more), zygote=zygote))
+
+        yield make
+
+
 @pytest.fixture(scope="session")
 def plain(zygote: Any) -> Iterator[Cluster]:
     """One plain vLLM behind the proxy: what everything is compared with."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from cluster.cache import CacheSpec
 from cluster.launcher import Cluster
 from kvcache.client import ask_figures, fetch_arena
 from tests.engine.client import Answer, ask, ask_all, record
-from tests.engine.clusters import CHUNKED, WHOLE, options
+from tests.engine.clusters import CHUNKED, WHOLE
 from tests.engine.prompts import BLOCK, LENGTHS, chat_messages, token_prompt
 from tests.poll import until
 from transport.mapping import Mapping
@@ -25,21 +25,6 @@ from transport.mapping import Mapping
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 BIG = CacheSpec.parse("256MiB")
-
-
-@pytest.fixture
-def start(zygote: Any) -> Iterator[Callable[..., Cluster]]:
-    clusters: list[Cluster] = []
-
-    def make(topology: str, *arguments: str, cache: CacheSpec = BIG, **more: Any) -> Cluster:
-        cluster = Cluster(topology, options(*arguments, cache=cache, **more), zygote=zygote)
-        clusters.append(cluster)
-        cluster.start()
-        return cluster
-
-    yield make
-    for cluster in clusters:
-        cluster.stop()
 
 
 def completion(num_tokens: int, seed: int, **more: Any) -> dict[str, Any]:
@@ -72,7 +57,7 @@ def check_equal(ours: list[Answer], theirs: list[Answer]) -> None:
 def test_every_length_is_exact_cold_after_a_restart_of_each_engine_and_of_the_cache_server(
     start: Callable[..., Cluster], plain: Cluster, transport: str, prefill: tuple[str, ...]
 ) -> None:
-    cluster = start("1P1D", *prefill, transport=transport)
+    cluster = start("1P1D", *prefill, cache=BIG, transport=transport)
     asked = [completion(length, 300 + index, stream=index % 2 == 0) for index, length in enumerate(LENGTHS)]
     asked.append({"messages": chat_messages(500, 77), "max_completion_tokens": 10, "ignore_eos": True})
     theirs = ask_all(plain.url, asked, 4)
@@ -109,7 +94,7 @@ def test_every_length_is_exact_cold_after_a_restart_of_each_engine_and_of_the_ca
 def test_all_instances_share_what_one_computed_and_its_death_costs_nothing(
     start: Callable[..., Cluster], plain: Cluster
 ) -> None:
-    cluster = start("2P1D", *CHUNKED)
+    cluster = start("2P1D", *CHUNKED, cache=BIG)
     body = completion(1000, 400)
     expected = ask(plain.url, body).outcome()
     first = ask(cluster.url, body)
@@ -133,7 +118,7 @@ def test_all_instances_share_what_one_computed_and_its_death_costs_nothing(
 
 
 def test_the_prefill_instance_computes_only_what_no_tier_has(start: Callable[..., Cluster], plain: Cluster) -> None:
-    cluster = start("1P1D", *CHUNKED)
+    cluster = start("1P1D", *CHUNKED, cache=BIG)
     body = completion(1000, 410)
     ask(cluster.url, body)
     settled(cluster)
@@ -154,7 +139,7 @@ def test_a_conversation_finds_the_answer_that_the_decode_instance_gave(
     start: Callable[..., Cluster], plain: Cluster
 ) -> None:
     """Also with one instance and no hand-off; and after its restart."""
-    cluster = start("0P1D", *CHUNKED)
+    cluster = start("0P1D", *CHUNKED, cache=BIG)
     prompt = token_prompt(300, 420)
     body = {"prompt": prompt, "max_tokens": 300, "ignore_eos": True}
     answer = ask(cluster.url, body)
@@ -169,7 +154,7 @@ def test_a_conversation_finds_the_answer_that_the_decode_instance_gave(
 
 
 def test_tenants_share_nothing(start: Callable[..., Cluster]) -> None:
-    cluster = start("0P1D", *CHUNKED)
+    cluster = start("0P1D", *CHUNKED, cache=BIG)
     body = completion(600, 430)
     for salt, hit in (("alice", False), ("bob", False), ("alice", True)):
         answer = ask(cluster.url, body | {"cache_salt": salt})
@@ -179,7 +164,7 @@ def test_tenants_share_nothing(start: Callable[..., Cluster]) -> None:
 
 
 def test_a_flipped_bit_in_the_arena_is_computed_anew_and_counted(start: Callable[..., Cluster], plain: Cluster) -> None:
-    cluster = start("0P1D", *CHUNKED)
+    cluster = start("0P1D", *CHUNKED, cache=BIG)
     body = completion(600, 440)
     expected = ask(plain.url, body).outcome()
     ask(cluster.url, body)
@@ -207,7 +192,7 @@ def test_an_engine_killed_in_the_middle_of_a_copy(
     fault = {"phase": phase, "layer": 2 if phase == "store" else -1, "record": str(reached), "action": "kill"}
     body = completion(1000, 450)
     expected = ask(plain.url, body).outcome()
-    cluster = start("1P1D", *CHUNKED, **{f"connector_{role}": {"fault": fault}})
+    cluster = start("1P1D", *CHUNKED, cache=BIG, **{f"connector_{role}": {"fault": fault}})
     assert ask(cluster.url, body).outcome() == expected
     if phase == "load":
         settled(cluster)
@@ -246,7 +231,7 @@ def test_a_tiny_arena_under_load_with_clients_that_leave(start: Callable[..., Cl
 
 
 def test_a_hanging_cache_server_delays_nobody_for_long(start: Callable[..., Cluster], plain: Cluster) -> None:
-    cluster = start("1P1D", *CHUNKED)
+    cluster = start("1P1D", *CHUNKED, cache=BIG)
     bodies = [completion(700, 480 + index) for index in range(6)]
     theirs = ask_all(plain.url, bodies, 1)
     cluster.cache.kill(signal.SIGSTOP)

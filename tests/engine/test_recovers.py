@@ -7,7 +7,7 @@ record that this place was reached.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 
 from cluster.launcher import Cluster
 from tests.engine.client import ask, metric, record
-from tests.engine.clusters import CHUNKED, options
+from tests.engine.clusters import CHUNKED
 from tests.engine.prompts import token_prompt
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
@@ -25,21 +25,6 @@ NUM_TOKENS = 1300
 
 def body(seed: int) -> dict[str, Any]:
     return {"prompt": token_prompt(NUM_TOKENS, seed), "max_tokens": 10, "ignore_eos": True}
-
-
-@pytest.fixture
-def start(zygote: Any, plain: Cluster) -> Iterator[Callable[..., Cluster]]:
-    clusters: list[Cluster] = []
-
-    def make(transport: str, **more: Any) -> Cluster:
-        cluster = Cluster("1P1D", options(*CHUNKED, transport=transport, **more), zygote=zygote)
-        clusters.append(cluster)
-        cluster.start()
-        return cluster
-
-    yield make
-    for cluster in clusters:
-        cluster.stop()
 
 
 @pytest.mark.parametrize(
@@ -60,7 +45,7 @@ def test_the_prefill_instance_dies(
 ) -> None:
     reached = tmp_path / "reached"
     fault = {"phase": phase, "layer": layer, "chunk": chunk, "record": str(reached), "action": "kill"}
-    cluster = start(transport, connector_prefill={"fault": fault})
+    cluster = start("1P1D", *CHUNKED, transport=transport, connector_prefill={"fault": fault})
     request = body(31_000)
     answer = ask(cluster.url, request)
     assert answer.outcome() == ask(plain.url, request).outcome()
@@ -85,7 +70,9 @@ def test_the_prefill_instance_dies(
 def test_a_byte_is_flipped_in_transit(
     start: Callable[..., Cluster], plain: Cluster, transport: str, connector: dict[str, Any]
 ) -> None:
-    cluster = start(transport, connector=connector, connector_prefill={"faulty": {"flip_write": 7}})
+    cluster = start(
+        "1P1D", *CHUNKED, transport=transport, connector=connector, connector_prefill={"faulty": {"flip_write": 7}}
+    )
     request = body(32_000)
     answer = ask(cluster.url, request)
     assert answer.outcome() == ask(plain.url, request).outcome()
@@ -102,7 +89,9 @@ def test_other_weights_are_refused_with_both_values(
     start: Callable[..., Cluster], plain: Cluster, tmp_path: Path
 ) -> None:
     """The proxy pairs only equal fingerprints, so the prompt is computed on D, and the reason is told."""
-    cluster = start("shm", arguments_prefill=("--dtype", "bfloat16", "--max-model-len", "4096"))
+    cluster = start(
+        "1P1D", *CHUNKED, transport="shm", arguments_prefill=("--dtype", "bfloat16", "--max-model-len", "4096")
+    )
     request = body(33_000)
     answer = ask(cluster.url, request)
     assert answer.outcome() == ask(plain.url, request).outcome()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from core.clock import SystemClock
+from core.clock import Clock, SystemClock
 from kvcache import wire
 from kvcache.arena import Arena
 from kvcache.client import CacheClient, fetch_arena
@@ -23,8 +23,8 @@ BLOCK_SIZE = 16
 class Instance:
     """Scheduler and worker side of one engine over a server's socket."""
 
-    def __init__(self, socket: str, name: str = "engine") -> None:
-        clock = SystemClock()
+    def __init__(self, socket: str, name: str = "engine", clock: Clock | None = None) -> None:
+        clock = clock or SystemClock()
         self.socket = socket
         self.engine = Engine()
         self.client = CacheClient(socket, wire.Hello(name, "boot", BLOCK_BYTES))

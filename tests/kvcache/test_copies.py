@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from core.clock import ManualClock
 from kvcache.client import ask_figures, fetch_arena
+from kvcache.index import RESERVATION_S
 from tests.kvcache.instance import BLOCK_SIZE, Instance
 from tests.kvcache.places import BLOCK_BYTES, Server, serving
 from tests.poll import until
@@ -186,3 +188,16 @@ def test_a_preempted_or_cancelled_load_keeps_its_pins_until_its_copy_ended(
     (loaded,) = until(b.loader.ended, what="the load")
     assert loaded.why == "", "its blocks were pinned although the request had gone"
     b.reader.on_loaded(loaded)
+
+
+def test_a_place_that_a_queued_request_let_expire_does_not_keep_its_later_blocks_from_being_stored(
+    server: Server,
+) -> None:
+    clock = ManualClock()
+    instance = Instance(server.socket, clock=clock)
+    instance.arrive("queued", (31,))
+    instance.writer.granted("queued", instance.reader.grants("queued"))
+    clock.advance(RESERVATION_S)
+    assert instance.compute("queued", (31,), 1) == 0, "the place may be another's by now"
+    until(lambda: instance.compute("queued", (31, 32), 2), what="the second block")
+    instance.close()

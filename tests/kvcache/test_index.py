@@ -111,7 +111,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     @invariant()
     def nobody_shares_bytes(self) -> None:
-        entries = [*self.index._entries.values(), *self.index._cooling]
+        entries = [*self.index._reserved.values(), *self.index._ready.values(), *self.index._cooling]
         spans = sorted((entry.offset, entry.offset + aligned(entry.num_bytes)) for entry in entries)
         assert all(left[1] <= right[0] for left, right in itertools.pairwise(spans)), spans
         assert all(start >= 0 and end <= CAPACITY for start, end in spans)
@@ -125,7 +125,7 @@ class IndexMachine(RuleBasedStateMachine):
     @invariant()
     def pinned_bytes_are_nobody_elses(self) -> None:
         held = {entry.offset: entry.key for found in self.pinned.values() for entry in found}
-        for entry in self.index._entries.values():
+        for entry in [*self.index._reserved.values(), *self.index._ready.values()]:
             assert held.get(entry.offset, entry.key) == entry.key
 
 
