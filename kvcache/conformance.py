@@ -48,9 +48,9 @@ def read(tier: Tier, number: int, num_bytes: int = BLOCK_BYTES) -> tuple[int | N
 def _gives_back_what_it_was_given(tier: Tier) -> None:
     assert read(tier, 1)[0] is None, "an empty tier gives nothing"
     block = block_of(1)
-    tier.put(key_of(1), 2**64 - 1, memoryview(block))
+    assert tier.put(key_of(1), 2**64 - 1, memoryview(block)), "there is room"
     assert read(tier, 1) == (2**64 - 1, block)
-    tier.put(key_of(1), 2**64 - 1, memoryview(block))
+    assert tier.put(key_of(1), 2**64 - 1, memoryview(block)), "it is there"
     assert read(tier, 1) == (2**64 - 1, block), "putting twice changes nothing"
     assert tier.figures().blocks == 1
 

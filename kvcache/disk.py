@@ -16,276 +16,25 @@ written or removed is busy, and nobody else touches a busy key.
 
 from __future__ import annotations
 
-import enum
 import errno
-import fcntl
-import os
-import struct
-import threading
-from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 
 from core.clock import Clock
 from core.errors import ConfigError
-from kvcache.keys import KEY_BYTES, BlockKey
-from kvcache.tier import TierError, TierFigures, seal
+from kvcache.disk_folder import HEADER_BYTES, BlockFolder
+from kvcache.disk_index import Fate, FileEntry, FileIndex
+from kvcache.keys import BlockKey
+from kvcache.tier import TierError, TierFigures
 
 STAMP_S = 60.0
 """A block that is in use has its file's time renewed this often: the order of use survives a restart, at the cost of
 one more call per block and minute."""
 
-_MAGIC = b"BtnBlk"
-_FORMAT = 1
-"""History. 1: what `_HEADER` says, then the payload."""
-
-_HEADER = struct.Struct(f"<6sH{KEY_BYTES}sQQQ")
-HEADER_BYTES = _HEADER.size
-_PART = ".part"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_SHARE = 2
 """On a disk that others have filled, a block gives way to so many times its size: a file takes more than its bytes."""
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """One block's file. num_bytes: of the whole file. stamped_s: the file's time, by the clock's `unix_s`."""
-
-    key: BlockKey
-    num_bytes: int
-    stamped_s: float
-
-
-class _Fate(enum.Enum):
-    """Why a block's file was removed."""
-
-    EVICTED = "evicted"
-    CORRUPT = "corrupt"
-    FORGOTTEN = "forgotten"
-
-
-class _Index:
-    """What is remembered of the files: whole ones in order of use, busy keys, and the room that is taken.
-
-    Room is claimed before a file is begun and given back after it was removed, so the files' sum stays below the
-    capacity at every moment. Holds its lock for a few lines at a time.
-    """
-
-    def __init__(self, capacity_bytes: int) -> None:
-        self.capacity_bytes = capacity_bytes
-        self._lock = threading.Lock()
-        self._entries: OrderedDict[BlockKey, _Entry] = OrderedDict()
-        self._busy: set[BlockKey] = set()
-        self._num_bytes = 0
-        self._fates: Counter[_Fate] = Counter()
-        self._closed = False
-
-    def add_found(self, entry: _Entry) -> None:
-        """A file from before the start; the one that was used last comes last."""
-        with self._lock:
-            self._entries[entry.key] = entry
-            self._num_bytes += entry.num_bytes
-
-    def prefix(self, keys: Sequence[BlockKey]) -> int:
-        with self._lock:
-            if not self._closed:
-                for count, key in enumerate(keys):
-                    if key not in self._entries:
-                        return count
-                return len(keys)
-        return 0
-
-    def use(self, key: BlockKey) -> _Entry | None:
-        """The entry of a whole block, which is from now on the last to be evicted."""
-        with self._lock:
-            entry = None if self._closed else self._entries.get(key)
-            if entry is not None:
-                self._entries.move_to_end(key)
-            return entry
-
-    def begin(self, key: BlockKey) -> bool:
-        """Makes a key busy that is to be written, until `end`. False if it is there or busy already."""
-        with self._lock:
-            if self._closed or key in self._busy or key in self._entries:
-                return False
-            self._busy.add(key)
-            return True
-
-    def claim(self, num_bytes: int) -> bool:
-        """Takes room for a file if there is enough, until `give` or `gone`."""
-        with self._lock:
-            fits = self._num_bytes + num_bytes <= self.capacity_bytes
-            self._num_bytes += num_bytes if fits else 0
-            return fits
-
-    def give(self, num_bytes: int) -> None:
-        with self._lock:
-            self._num_bytes -= num_bytes
-
-    def end(self, key: BlockKey, written: _Entry | None) -> None:
-        """Of `begin`; `written` is found from now on."""
-        with self._lock:
-            self._busy.discard(key)
-            if written is not None:
-                self._entries[key] = written
-
-    def take_oldest(self) -> _Entry | None:
-        """The least recently used block: no longer found, and busy until its file is `gone` or `stays`."""
-        with self._lock:
-            if self._closed or not self._entries:
-                return None
-            key, entry = self._entries.popitem(last=False)
-            self._busy.add(key)
-            return entry
-
-    def take(self, entry: _Entry) -> bool:
-        """The same for a given block. False if it is not there (any more): another may stand under its key."""
-        with self._lock:
-            if self._closed or self._entries.get(entry.key) is not entry:
-                return False
-            del self._entries[entry.key]
-            self._busy.add(entry.key)
-            return True
-
-    def gone(self, entry: _Entry, fate: _Fate) -> None:
-        """The file of a block that was taken is removed."""
-        with self._lock:
-            self._busy.discard(entry.key)
-            self._num_bytes -= entry.num_bytes
-            self._fates[fate] += 1
-
-    def stays(self, entry: _Entry) -> None:
-        """The file of a block that was taken cannot be removed: it keeps its room and is the next to try."""
-        with self._lock:
-            self._busy.discard(entry.key)
-            self._entries[entry.key] = entry
-            self._entries.move_to_end(entry.key, last=False)
-
-    def close(self) -> None:
-        """From now on nothing is found, begun or taken."""
-        with self._lock:
-            self._closed = True
-
-    def is_drained(self) -> bool:
-        """Closed, and no file is being written or removed."""
-        with self._lock:
-            return self._closed and not self._busy
-
-    def figures(self) -> TierFigures:
-        with self._lock:
-            evicted, corrupt = self._fates[_Fate.EVICTED], self._fates[_Fate.CORRUPT]
-            return TierFigures(len(self._entries), self._num_bytes, evicted, corrupt)
-
-
-class _Folder:
-    """The files, and the lock that keeps other processes away. Raises OSError as it comes."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises ConfigError if another user can read the folder, or another process has it."""
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = path.stat()
-        if status.st_uid != os.getuid():
-            raise ConfigError(f"{path} belongs to user {status.st_uid}, who could read the blocks; name another folder")
-        if status.st_mode & 0o077:
-            raise ConfigError(f"{path} is open to other users; make it private (chmod 700) or name another folder")
-        if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-            raise ConfigError(f"{path} cannot be written; change its mode, its mount, or name another folder")
-        self._path = str(path)
-        flags = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._lock = os.fdopen(os.open(path / "lock", flags, 0o600), "rb")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            if error.errno != errno.EWOULDBLOCK:
-                raise
-            raise ConfigError(f"{path} is in use by another process; stop it or name another folder") from None
-
-    def unlock(self) -> None:
-        """May be called again. Also ends the hold of a child that was forked and has not yet become another program."""
-        with suppress(ValueError):
-            fcntl.flock(self._lock, fcntl.LOCK_UN)
-        self._lock.close()
-
-    def scan(self) -> list[_Entry]:
-        """Removes unfinished files and returns the others, the one that was used last at the end. Files that have no
-        name of ours are left alone."""
-        found = []
-        for number in range(256):
-            subfolder = f"{number:02x}"
-            with suppress(FileNotFoundError), os.scandir(f"{self._path}/{subfolder}") as items:
-                for item in items:
-                    key = _key_of(item.name.removesuffix(_PART))
-                    if key is None or key[0] != number or not item.is_file(follow_symlinks=False):
-                        continue
-                    if item.name.endswith(_PART):
-                        os.unlink(item.path)
-                    else:
-                        status = item.stat(follow_symlinks=False)
-                        found.append(_Entry(key, status.st_size, status.st_mtime))
-        return sorted(found, key=lambda entry: entry.stamped_s)
-
-    def read(self, key: BlockKey, into: memoryview) -> int | None:
-        """The digest; None if the file is not what was put, or has another size. FileNotFoundError if there is none."""
-        descriptor = os.open(self._file(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            if os.fstat(descriptor).st_size != HEADER_BYTES + len(into):
-                return None
-            header = memoryview(bytearray(HEADER_BYTES))
-            at = 0
-            while at < HEADER_BYTES + len(into):
-                num_read = os.preadv(descriptor, [header[at:], into[max(at - HEADER_BYTES, 0) :]], at)
-                if num_read == 0:
-                    return None
-                at += num_read
-        finally:
-            os.close(descriptor)
-        digest: int = _HEADER.unpack(header)[3]
-        return digest if header == _header(key, digest, into) else None
-
-    def write(self, entry: _Entry, digest: int, block: memoryview) -> None:
-        """The whole block under its name, or nothing. One writer per key at a time."""
-        header = memoryview(_header(entry.key, digest, block))
-        part = self._file(entry.key) + _PART
-        try:
-            descriptor = self._create(part)
-            try:
-                at = 0
-                while at < entry.num_bytes:
-                    at += os.writev(descriptor, [header[at:], block[max(at - HEADER_BYTES, 0) :]])
-                os.utime(descriptor, ns=_nanoseconds(entry.stamped_s))
-            finally:
-                os.close(descriptor)
-            os.rename(part, self._file(entry.key))
-        except OSError:
-            # What cannot be removed now either is overwritten by the key's next put, or removed at the next start.
-            with suppress(OSError):
-                os.unlink(part)
-            raise
-
-    def stamp(self, entry: _Entry) -> None:
-        """Renews the file's time; one that refuses loses its place after a restart and nothing else."""
-        with suppress(OSError):
-            os.utime(self._file(entry.key), ns=_nanoseconds(entry.stamped_s))
-
-    def remove(self, key: BlockKey) -> None:
-        with suppress(FileNotFoundError):
-            os.unlink(self._file(key))
-
-    def _create(self, part: str) -> int:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-        try:
-            return os.open(part, flags, 0o600)
-        except FileNotFoundError:
-            with suppress(FileExistsError):
-                os.mkdir(os.path.dirname(part), 0o700)
-            return os.open(part, flags, 0o600)
-
-    def _file(self, key: BlockKey) -> str:
-        name = key.hex()
-        return f"{self._path}/{name[:2]}/{name}"
 
 
 class DiskTier:
@@ -300,11 +49,11 @@ class DiskTier:
     name = "disk"
 
     def __init__(self, folder: Path, capacity_bytes: int, clock: Clock) -> None:
-        self._index = _Index(capacity_bytes)
+        self._index = FileIndex(capacity_bytes)
         self._clock = clock
         self._path = folder
         try:
-            self._folder = _Folder(folder)
+            self._folder = BlockFolder(folder)
         except OSError as error:
             raise _unusable(folder, error) from error
         try:
@@ -332,30 +81,31 @@ class DiskTier:
             try:
                 digest = self._folder.read(key, into)
             except FileNotFoundError:  # evicted meanwhile, or removed by somebody else
-                self._forget(entry, _Fate.FORGOTTEN)
+                self._forget(entry, Fate.FORGOTTEN)
                 return None
             except OSError as error:
                 if error.errno == errno.EIO:
-                    self._forget(entry, _Fate.CORRUPT)
+                    self._forget(entry, Fate.CORRUPT)
                 raise
             if digest is None:
-                self._forget(entry, _Fate.CORRUPT)
+                self._forget(entry, Fate.CORRUPT)
             else:
                 self._stamp(entry)
             return digest
 
-    def put(self, key: BlockKey, digest: int, block: memoryview) -> None:
-        """Writes a block (contiguous bytes) with the arena's digest of it, evicting others for it.
+    def put(self, key: BlockKey, digest: int, block: memoryview) -> bool:
+        """Writes a block (contiguous bytes) with the arena's digest of it, evicting others for it. False if it is
+        larger than the capacity, its key is busy, or all room is taken by writes under way.
 
         Raises TierError if the disk is full and nothing of ours is left to evict, is read-only, or fails.
         """
         there = self._index.use(key)
         if there is not None:
             self._stamp(there)
-            return
-        entry = _Entry(key, HEADER_BYTES + len(block), self._clock.unix_s())
+            return True
+        entry = FileEntry(key, HEADER_BYTES + len(block), self._clock.unix_s())
         if entry.num_bytes > self._index.capacity_bytes or not self._index.begin(key):
-            return
+            return False
         written = None
         try:
             with self._trouble_named("written to"):
@@ -364,6 +114,7 @@ class DiskTier:
         finally:
             self._index.end(key, written)
             self._unlock_if_drained()
+        return written is not None
 
     def delete(self, keys: Sequence[BlockKey]) -> None:
         """Removes blocks; unknown ones are passed over. Raises TierError if a file cannot be removed."""
@@ -371,7 +122,7 @@ class DiskTier:
             for key in keys:
                 entry = self._index.use(key)
                 if entry is not None:
-                    self._forget(entry, _Fate.FORGOTTEN)
+                    self._forget(entry, Fate.FORGOTTEN)
 
     def figures(self) -> TierFigures:
         """num_bytes: of all files, headers and those that are being written included."""
@@ -390,18 +141,18 @@ class DiskTier:
                 return False
         return True
 
-    def _evict_one(self) -> _Entry | None:
+    def _evict_one(self) -> FileEntry | None:
         """The block that went; None if there is none."""
         entry = self._index.take_oldest()
         if entry is not None:
-            self._remove(entry, _Fate.EVICTED)
+            self._remove(entry, Fate.EVICTED)
         return entry
 
-    def _forget(self, entry: _Entry, fate: _Fate) -> None:
+    def _forget(self, entry: FileEntry, fate: Fate) -> None:
         if self._index.take(entry):
             self._remove(entry, fate)
 
-    def _remove(self, entry: _Entry, fate: _Fate) -> None:
+    def _remove(self, entry: FileEntry, fate: Fate) -> None:
         """A block that was taken."""
         removed = False
         try:
@@ -414,7 +165,7 @@ class DiskTier:
                 self._index.stays(entry)
             self._unlock_if_drained()
 
-    def _write(self, entry: _Entry, digest: int, block: memoryview) -> bool:
+    def _write(self, entry: FileEntry, digest: int, block: memoryview) -> bool:
         """Once more if the disk was full and some blocks could be evicted. Gives the room back if both fail."""
         written = False
         try:
@@ -437,7 +188,7 @@ class DiskTier:
             freed += entry.num_bytes
         return freed
 
-    def _stamp(self, entry: _Entry) -> None:
+    def _stamp(self, entry: FileEntry) -> None:
         now_s = self._clock.unix_s()
         if now_s - entry.stamped_s >= STAMP_S:
             entry.stamped_s = now_s
@@ -466,20 +217,3 @@ class DiskTier:
 def _unusable(folder: Path, error: OSError) -> ConfigError:
     cause = error.strerror or str(error)
     return ConfigError(f"the cache cannot keep blocks in {folder}: {cause}; name a folder that this user can write")
-
-
-def _header(key: BlockKey, digest: int, block: memoryview) -> bytes:
-    return _HEADER.pack(_MAGIC, _FORMAT, key, digest, len(block), seal(key, digest, block))
-
-
-def _key_of(name: str) -> BlockKey | None:
-    """The key that a file is named after; None if it is none of ours."""
-    with suppress(ValueError):
-        key = bytes.fromhex(name)
-        if len(key) == KEY_BYTES and key.hex() == name:
-            return key
-    return None
-
-
-def _nanoseconds(seconds: float) -> tuple[int, int]:
-    return int(seconds * 1e9), int(seconds * 1e9)

@@ -65,15 +65,14 @@ class FaultyTier:
             into[len(into) // 2] ^= 1
         return digest
 
-    def put(self, key: BlockKey, digest: int, block: memoryview) -> None:
+    def put(self, key: BlockKey, digest: int, block: memoryview) -> bool:
         self._meet_faults()
         with self._lock:
             self._num_puts += 1
             drops = _is_due(self._num_puts, self.faults.drop_every)
         if self.faults.full:
             raise TierError("full by a fault")
-        if not drops:
-            self.inner.put(key, digest, block)
+        return drops or self.inner.put(key, digest, block)
 
     def delete(self, keys: Sequence[BlockKey]) -> None:
         self._meet_faults()

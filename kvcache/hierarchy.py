@@ -211,7 +211,7 @@ class Hierarchy:
         key, digest = entry.key, entry.digest
         futures = []
         for level in self.levels:
-            future = level.submit(partial(_put, level.tier, key, digest, block))
+            future = level.submit(partial(level.tier.put, key, digest, block))
             done = await level.wait(future, PUT_TIMEOUT_S, False)
             level.counts.puts += done
             level.counts.put_bytes += done * entry.num_bytes
@@ -232,11 +232,6 @@ class Hierarchy:
         if isinstance(task, asyncio.Task):
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-
-
-def _put(tier: Tier, key: BlockKey, digest: int, block: memoryview) -> bool:
-    tier.put(key, digest, block)
-    return True
 
 
 def _forget(future: asyncio.Future[T]) -> None:

@@ -138,7 +138,7 @@ class RedisTier:
             raise TierError(f"no Redis server of a block answers: {'; '.join(failures)}")
         return None
 
-    def put(self, key: BlockKey, digest: int, block: memoryview) -> None:
+    def put(self, key: BlockKey, digest: int, block: memoryview) -> bool:
         """See Tier. Raises TierError if none of the key's servers takes it."""
         header = _HEADER.pack(_MAGIC, digest, len(block), seal(key, digest, block))
         before, after = _packed_around(len(header) + len(block), b"SET", KEY_PREFIX + key, options=self._set_options)
@@ -152,6 +152,7 @@ class RedisTier:
             raise TierError(f"no Redis server takes a block: {'; '.join(failures)}")
         if answers[0] is not None:
             self._count(blocks=1, num_bytes=len(block))
+        return True
 
     def delete(self, keys: Sequence[BlockKey]) -> None:
         """See Tier. A copy on a server that does not answer comes back with it. Raises TierError if none of a key's

@@ -48,8 +48,9 @@ class Tier(Protocol):
         another size, or is not what was put: then it is gone for good, and `into` holds anything."""
         ...
 
-    def put(self, key: BlockKey, digest: int, block: memoryview) -> None:
-        """Keeps a block: visible whole or not at all. May evict others. A key that is there already stays."""
+    def put(self, key: BlockKey, digest: int, block: memoryview) -> bool:
+        """Keeps a block: visible whole or not at all. May evict others. A key that is there already stays.
+        False if it was not kept: larger than the tier, or somebody is writing it now."""
         ...
 
     def delete(self, keys: Sequence[BlockKey]) -> None:

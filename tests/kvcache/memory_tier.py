@@ -45,10 +45,11 @@ class MemoryTier:
         into[:] = kept.block
         return kept.digest
 
-    def put(self, key: BlockKey, digest: int, block: memoryview) -> None:
+    def put(self, key: BlockKey, digest: int, block: memoryview) -> bool:
         with self._lock:
             if key not in self.kept:
                 self.kept[key] = Kept(digest, seal(key, digest, block), bytes(block))
+        return True
 
     def delete(self, keys: Sequence[BlockKey]) -> None:
         with self._lock:

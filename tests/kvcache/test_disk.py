@@ -22,7 +22,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from core.clock import ManualClock
 from core.errors import ConfigError
 from kvcache.conformance import BLOCK_BYTES, block_of, check_tier, key_of, read
-from kvcache.disk import HEADER_BYTES, STAMP_S, DiskTier
+from kvcache.disk import STAMP_S, DiskTier
+from kvcache.disk_folder import HEADER_BYTES
 from kvcache.tier import TierError
 from tests.poll import until
 
