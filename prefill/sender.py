@@ -14,20 +14,17 @@ from __future__ import annotations
 
 import enum
 import threading
-from collections import OrderedDict
-from dataclasses import dataclass, field
 
-from core.handoff import Peer, Role
+from core.handoff import Peer
 from core.layout import KVLayout
 from core.prompt import Prompt
-from core.report import FromCache, Report
+from core.report import FromCache
+from prefill.outgoing import Outgoing, OutgoingTable
 from prefill.push import PushChunk, PushCommands, Pushed, PushResults, PushTarget
+from prefill.reports import SendReports
 from transport.handoff import Event, Sending, advance_sending, allows
 from transport.messages import Accept, Cancel, Cancelled, Decline, Failed, Landed, Message, Refused
 from transport.ports import Ports
-
-MAX_REMEMBERED = 20_000
-"""Hand-offs kept after their end, so that a late message finds an answer; the oldest are forgotten."""
 
 
 class Gate(enum.Enum):
@@ -38,28 +35,6 @@ class Gate(enum.Enum):
     COMPUTE = "compute"  # without pushing: the hand-off is over
 
 
-@dataclass
-class Outgoing:
-    """One hand-off as the prefill side sees it."""
-
-    id: str
-    deadline_s: float
-    state: Sending = Sending.NEW
-    prompt: Prompt | None = None
-    accept: Accept | None = None
-    decode: Peer | None = None
-    num_chunks: int = 0
-    finished: bool = False
-    why: str = ""
-    pushed: Pushed | None = None
-    from_cache: list[FromCache] = field(default_factory=list)
-    moments: dict[str, float] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        to = self.decode.name if self.decode else "?"
-        return f"<Outgoing {self.id} {self.state.value} to {to}>"
-
-
 class Sender:
     """All hand-offs that this instance sends. `me` is this instance, `layout` its KV layout."""
 
@@ -67,10 +42,9 @@ class Sender:
         self._me = me
         self._layout = layout
         self._ports = ports
-        self._timeout_s = timeout_s
         self._lock = threading.RLock()
-        self._all: OrderedDict[str, Outgoing] = OrderedDict()
-        self._by_request: dict[str, Outgoing] = {}
+        self._all = OutgoingTable(ports.clock, timeout_s)
+        self._reports = SendReports(me.name, ports.report)
         self._commands = PushCommands()
 
     # ---- the engine's thread ----
@@ -79,10 +53,9 @@ class Sender:
         """Whether the engine may schedule this request now. May be asked again and again."""
         self._ports.faults.reach("asked")
         with self._lock:
-            out = self._get(prompt.handoff.id, prompt.handoff.timeout_s)
+            out = self._all.of(prompt.handoff.id, prompt.handoff.timeout_s)
             if out.prompt is None:
-                out.prompt = prompt
-                self._by_request[prompt.request_id] = out
+                self._all.bind(out, prompt)
             if out.state in (Sending.NEW, Sending.OFFERED):
                 self._move(out, Event.ASK)
                 self._compare(out)
@@ -94,21 +67,21 @@ class Sender:
     def started(self, request_id: str) -> None:
         """The engine has allocated blocks for the request."""
         with self._lock:
-            out = self._by_request.get(request_id)
+            out = self._all.of_request(request_id)
             if out is not None and allows(out.state, Event.START):
                 self._move(out, Event.START)
 
     def loaded(self, request_id: str, parts: list[FromCache]) -> None:
         """The KV cache gave a part of the prompt, which is pushed as if it had been computed."""
         with self._lock:
-            out = self._by_request.get(request_id)
+            out = self._all.of_request(request_id)
             if out is not None:
                 out.from_cache += parts
 
     def chunk(self, request_id: str, num_tokens: int, block_ids: list[int]) -> None:
         """A chunk is scheduled, after which `num_tokens` of the prompt are computed, in these blocks."""
         with self._lock:
-            out = self._by_request.get(request_id)
+            out = self._all.of_request(request_id)
             if out is None or out.state is not Sending.MOVING or out.accept is None or out.decode is None:
                 return
             accept = out.accept
@@ -129,14 +102,14 @@ class Sender:
         The receiver finds a torn block by its digest, whatever was in flight.
         """
         with self._lock:
-            out = self._by_request.get(request_id)
+            out = self._all.of_request(request_id)
             if out is not None and out.state is Sending.MOVING:
                 self._give_up(out, Event.ABORT, "preempted on the prefill side")
 
     def finished(self, request_id: str, *, completed: bool) -> bool:
         """The engine is done with the request. True: keep its blocks until `on_results` names it."""
         with self._lock:
-            out = self._by_request.get(request_id)
+            out = self._all.of_request(request_id)
             if out is None:
                 return False
             out.finished = True
@@ -146,7 +119,7 @@ class Sender:
                 self._move(out, Event.FINISH)
             if out.state in (Sending.MOVING, Sending.STOPPING):
                 return True
-            self._forget_request(out)
+            self._all.unbind(out)
             return False
 
     def take_commands(self) -> PushCommands:
@@ -174,7 +147,7 @@ class Sender:
     def num_busy(self) -> int:
         """Hand-offs that are moving or stopping."""
         with self._lock:
-            return sum(1 for out in self._by_request.values() if out.state in (Sending.MOVING, Sending.STOPPING))
+            return sum(1 for out in self._all.bound() if out.state in (Sending.MOVING, Sending.STOPPING))
 
     # ---- the control plane's thread ----
 
@@ -184,7 +157,7 @@ class Sender:
             if isinstance(message, Accept):
                 self._on_accept(sender, message)
             elif isinstance(message, Decline):
-                out = self._get(message.handoff)
+                out = self._all.of(message.handoff)
                 out.why = message.why
                 if allows(out.state, Event.DECLINE):
                     self._move(out, Event.DECLINE)
@@ -194,7 +167,7 @@ class Sender:
     def refuse(self, sender: Peer, handoff: str, why: str, *, with_layout: bool = False) -> None:
         """Answers an Accept that cannot be read: another layout or protocol."""
         with self._lock:
-            out = self._get(handoff)
+            out = self._all.of(handoff)
             out.decode = sender
             if out.state is Sending.NEW:
                 self._move(out, Event.DECLINE)
@@ -206,7 +179,7 @@ class Sender:
         """The process behind this control address is gone."""
         with self._lock:
             boot_ids = set()
-            for out in list(self._all.values()):
+            for out in self._all:
                 if out.decode is None or out.decode.control != control:
                     continue
                 boot_ids.add(out.decode.boot_id)  # also of ended hand-offs: its memory may still be mapped
@@ -218,35 +191,19 @@ class Sender:
         """Ends hand-offs that are past their deadline."""
         now_s = self._ports.clock.monotonic_s()
         with self._lock:
-            for out in list(self._all.values()):
+            for out in self._all:
                 if now_s > out.deadline_s and allows(out.state, Event.DEADLINE):
                     self._give_up(out, Event.DEADLINE, "deadline")
 
     # ---- inside the lock ----
 
-    def _get(self, handoff: str, timeout_s: float | None = None) -> Outgoing:
-        out = self._all.get(handoff)
-        if out is None:
-            deadline_s = self._ports.clock.monotonic_s() + (timeout_s or self._timeout_s)
-            out = self._all[handoff] = Outgoing(handoff, deadline_s)
-            self._trim()
-        return out
-
-    def _trim(self) -> None:
-        excess = len(self._all) - MAX_REMEMBERED
-        if excess > 0:
-            ended = [i for i, out in self._all.items() if out.state is Sending.RELEASED and out.finished]
-            stale = ended or [i for i, out in self._all.items() if out.prompt is None]
-            for handoff in stale[:excess]:
-                del self._all[handoff]
-
     def _move(self, out: Outgoing, event: Event) -> None:
         out.state = advance_sending(out.state, event)
         if out.state is Sending.RELEASED:
-            self._report(out, event)
+            self._reports.ended(out, event)
 
     def _on_accept(self, sender: Peer, accept: Accept) -> None:
-        out = self._get(accept.handoff, accept.timeout_s)
+        out = self._all.of(accept.handoff, accept.timeout_s)
         if out.accept is None:
             out.decode, out.accept = sender, accept
             out.moments["accepted"] = self._ports.clock.unix_s()
@@ -283,7 +240,7 @@ class Sender:
         return ""
 
     def _on_cancel(self, sender: Peer, cancel: Cancel) -> None:
-        out = self._get(cancel.handoff)
+        out = self._all.of(cancel.handoff)
         out.decode = sender
         if out.state is Sending.MOVING:
             self._give_up(out, Event.CANCEL, cancel.why)
@@ -330,7 +287,7 @@ class Sender:
             ),
         )
         out.moments["landed"] = self._ports.clock.unix_s()
-        self._report_sent(out)
+        self._reports.sent(out)
         self._ports.faults.reach("landed")
 
     def _say_stopped(self, out: Outgoing) -> None:
@@ -339,57 +296,12 @@ class Sender:
 
     def _releasable(self) -> list[str]:
         free = []
-        for request_id, out in list(self._by_request.items()):
-            if not out.finished:
+        for out in self._all.bound():
+            if not out.finished or out.prompt is None:
                 continue
             if out.state is Sending.LANDED:
                 self._move(out, Event.FINISH)
             if out.state is Sending.RELEASED:
-                free.append(request_id)
-                self._forget_request(out)
+                free.append(out.prompt.request_id)
+                self._all.unbind(out)
         return free
-
-    def _forget_request(self, out: Outgoing) -> None:
-        out.accept = None  # its block lists are the larger part of what is remembered
-        if out.prompt is not None:
-            self._by_request.pop(out.prompt.request_id, None)
-
-    def _report_sent(self, out: Outgoing) -> None:
-        if out.pushed is None:
-            return
-        detail = {
-            "bytes_before_last_layer": float(out.pushed.bytes_before_last_layer),
-            "write_s": out.pushed.write_s,
-            "digest_s": out.pushed.digest_s,
-            "chunks": float(out.num_chunks),
-        }
-        self._ports.report(
-            Report(
-                request_id=out.id,
-                instance=self._me.name,
-                role=Role.PREFILL,
-                outcome="sent",
-                transport=out.pushed.scheme,
-                prompt_tokens=out.prompt.num_tokens if out.prompt else 0,
-                num_bytes=out.pushed.num_bytes,
-                moments=out.moments,
-                detail=detail,
-                from_cache=list(out.from_cache),
-            )
-        )
-
-    def _report(self, out: Outgoing, event: Event) -> None:
-        if event is Event.FINISH or out.prompt is None:
-            return
-        outcome = {Event.DECLINE: "declined", Event.REFUSE: "refused", Event.CANCEL: "cancelled"}.get(event, "failed")
-        self._ports.report(
-            Report(
-                request_id=out.id,
-                instance=self._me.name,
-                role=Role.PREFILL,
-                outcome=outcome,
-                why=out.why,
-                prompt_tokens=out.prompt.num_tokens,
-                moments=dict(out.moments),
-            )
-        )

@@ -1,0 +1,97 @@
+"""The hand-offs that an instance sends, from first word to last: what is known of each, by hand-off and by request.
+
+Threads: none of its own; the sender's lock guards it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from core.clock import Clock
+from core.handoff import Peer
+from core.prompt import Prompt
+from core.report import FromCache
+from prefill.push import Pushed
+from transport.handoff import Sending
+from transport.messages import Accept
+
+MAX_REMEMBERED = 20_000
+"""Hand-offs kept after their end, so that a late message finds an answer; the oldest are forgotten."""
+
+
+@dataclass
+class Outgoing:
+    """One hand-off as the prefill side sees it."""
+
+    id: str
+    deadline_s: float
+    state: Sending = Sending.NEW
+    prompt: Prompt | None = None
+    accept: Accept | None = None
+    decode: Peer | None = None
+    num_chunks: int = 0
+    finished: bool = False
+    why: str = ""
+    pushed: Pushed | None = None
+    from_cache: list[FromCache] = field(default_factory=list)
+    moments: dict[str, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        to = self.decode.name if self.decode else "?"
+        return f"<Outgoing {self.id} {self.state.value} to {to}>"
+
+
+class OutgoingTable:
+    """All of them. `timeout_s`: of a hand-off that is heard of before its ticket."""
+
+    def __init__(self, clock: Clock, timeout_s: float) -> None:
+        self._clock = clock
+        self._timeout_s = timeout_s
+        self._all: OrderedDict[str, Outgoing] = OrderedDict()
+        self._by_request: dict[str, Outgoing] = {}
+
+    def __iter__(self) -> Iterator[Outgoing]:
+        """Over a copy: what is found may be changed."""
+        return iter(list(self._all.values()))
+
+    def of(self, handoff: str, timeout_s: float | None = None) -> Outgoing:
+        """By its id; made at first sight."""
+        out = self._all.get(handoff)
+        if out is None:
+            deadline_s = self._clock.monotonic_s() + (timeout_s or self._timeout_s)
+            out = self._all[handoff] = Outgoing(handoff, deadline_s)
+            self._trim()
+        return out
+
+    def get(self, handoff: str) -> Outgoing | None:
+        """By its id, if it is known."""
+        return self._all.get(handoff)
+
+    def of_request(self, request_id: str) -> Outgoing | None:
+        """By the engine's request, between its first hook and its last."""
+        return self._by_request.get(request_id)
+
+    def bind(self, out: Outgoing, prompt: Prompt) -> None:
+        """The engine has the request now."""
+        out.prompt = prompt
+        self._by_request[prompt.request_id] = out
+
+    def unbind(self, out: Outgoing) -> None:
+        """The engine has done with the request, and nothing reads its blocks."""
+        out.accept = None  # its block lists are the larger part of what is remembered
+        if out.prompt is not None:
+            self._by_request.pop(out.prompt.request_id, None)
+
+    def bound(self) -> list[Outgoing]:
+        """Those whose request the engine has."""
+        return list(self._by_request.values())
+
+    def _trim(self) -> None:
+        excess = len(self._all) - MAX_REMEMBERED
+        if excess > 0:
+            ended = [i for i, out in self._all.items() if out.state is Sending.RELEASED and out.finished]
+            stale = ended or [i for i, out in self._all.items() if out.prompt is None]
+            for handoff in stale[:excess]:
+                del self._all[handoff]
