@@ -20,45 +20,15 @@ from dataclasses import dataclass
 from core.handoff import Peer
 from core.layout import KVLayout
 from core.prompt import Prompt
-from core.report import FromCache
 from decode.accounts import Account, Accounts
 from decode.admission import Capacity, Limits, RecomputeBudget, fits
+from decode.incoming import Incoming, IncomingTable
 from decode.land import Arm, Check, Drop, LandCommands, LandResults, Received
 from decode.peers import LostPeers
 from transport.digest import is_full
 from transport.handoff import Event, Receiving, advance_receiving, allows
 from transport.messages import Accept, Cancel, Cancelled, Decline, Failed, Landed, Message, Refused
 from transport.ports import Ports
-
-SILENT_PEER_S = 5.0
-"""How long a peer may take to answer a Cancel before whoever started it is asked to end it."""
-
-
-@dataclass
-class Incoming:
-    """One hand-off as the decode side sees it: tokens found in the engine's cache, then those of the KV cache's tiers,
-    then those asked from P. `retried`: it failed, and the engine computes the prompt."""
-
-    prompt: Prompt
-    prefill: Peer
-    deadline_s: float
-    state: Receiving = Receiving.NEW
-    found_tokens: int = 0
-    cached_tokens: int = 0
-    asked_tokens: int = 0
-    block_ids: tuple[int, ...] = ()
-    retried: bool = False
-    client_gone: bool = False
-    accept: Accept | None = None
-    revoked_s: float = 0.0
-    why: str = ""
-
-    @property
-    def id(self) -> str:
-        return self.prompt.handoff.id
-
-    def __repr__(self) -> str:
-        return f"<Incoming {self.id} {self.state.value} {len(self.block_ids)} blocks from {self.prefill.name}>"
 
 
 @dataclass(frozen=True)
@@ -83,8 +53,7 @@ class Receiver:
         self._block_size = offer.layout.block_size
         self._min_tokens = limits.min_tokens or self._block_size
         self._lock = threading.RLock()
-        self._all: dict[str, Incoming] = {}
-        self._by_request: dict[str, Incoming] = {}
+        self._all = IncomingTable()
         self._lost_peers = LostPeers(ports.clock)
         self._budget = RecomputeBudget(limits.recomputes)
         self._commands = LandCommands()
@@ -97,11 +66,11 @@ class Receiver:
         if prefill is None:
             return 0
         with self._lock:
-            incoming = self._by_request.get(prompt.request_id)
+            incoming = self._all.of_request(prompt.request_id)
             if incoming is None:
                 deadline_s = self._ports.clock.monotonic_s() + prompt.handoff.timeout_s
                 incoming = Incoming(prompt, prefill, deadline_s)
-                self._by_request[prompt.request_id] = self._all[prompt.handoff.id] = incoming
+                self._all.add(incoming)
             if incoming.retried:
                 return 0 if self._budget.take(incoming.prompt.request_id) else None
             if incoming.state is not Receiving.NEW:
@@ -115,7 +84,7 @@ class Receiver:
             if self._ports.clock.monotonic_s() > incoming.deadline_s:
                 return self._fall_back(incoming, "no room before the deadline")
             needed = self._num_blocks(prompt.num_tokens - 1, found_tokens)
-            if not fits(capacity(), self._limits, self._reserved_blocks(), needed):
+            if not fits(capacity(), self._limits, self._all.reserved_blocks(), needed):
                 return None
             return missing
 
@@ -125,20 +94,19 @@ class Receiver:
         """The engine has allocated all blocks of the request; behind those that it found and those that the KV cache
         gives, `num_tokens` are to come from P."""
         with self._lock:
-            incoming = self._by_request.get(request_id)
+            incoming = self._all.of_request(request_id)
             if incoming is None or incoming.state is not Receiving.NEW or incoming.retried:
                 return
             if num_tokens <= 0:
                 self._decline(incoming, "the engine does not read caches for this request")
                 return
-            before = found_tokens + cached_tokens
-            first = before // self._block_size
-            wanted = block_ids[first : -(-(before + num_tokens) // self._block_size)]
             incoming.found_tokens, incoming.cached_tokens, incoming.asked_tokens = (
                 found_tokens,
                 cached_tokens,
                 num_tokens,
             )
+            first = incoming.before_tokens // self._block_size
+            wanted = block_ids[first : -(-(incoming.before_tokens + num_tokens) // self._block_size)]
             incoming.block_ids = tuple(wanted)
             incoming.accept = self._accept(incoming, first)
             self._move(incoming, Event.RESERVE)
@@ -159,20 +127,10 @@ class Receiver:
                 self._budget.give_back(request_id)
                 self._accounts.publish(handoff)
 
-    def found(self, request_id: str, handoff: str, num_prompt: int, found_tokens: int) -> None:
-        """The engine admitted a request with `found_tokens` of its own prefix cache and nothing from P."""
-        with self._lock:
-            self._accounts.found(request_id, handoff, num_prompt, found_tokens)
-
-    def loaded(self, request_id: str, handoff: str, parts: list[FromCache], num_prompt: int, found_tokens: int) -> None:
-        """The KV cache gave a part, behind `found_tokens` of the engine's own."""
-        with self._lock:
-            self._accounts.loaded(request_id, handoff, parts, num_prompt, found_tokens)
-
     def load_lost(self, request_id: str, handoff: str, why: str) -> None:
         """The KV cache's part is not what it should be, so the engine computes everything."""
         with self._lock:
-            incoming = self._by_request.get(request_id)
+            incoming = self._all.of_request(request_id)
             if incoming is not None:
                 incoming.retried = True
             self._accounts.lost(request_id, handoff, why)
@@ -183,7 +141,7 @@ class Receiver:
         with self._lock:
             self._accounts.forget(request_id)
             self._budget.give_back(request_id)
-            incoming = self._by_request.get(request_id)
+            incoming = self._all.of_request(request_id)
             if incoming is None:
                 return
             incoming.client_gone = True
@@ -192,7 +150,7 @@ class Receiver:
             elif allows(incoming.state, Event.CANCEL):
                 self._revoke(incoming, Event.CANCEL, "the client is gone")
             if incoming.state is Receiving.RELEASED:
-                self._forget(incoming)
+                self._all.forget(incoming)
 
     def take_commands(self) -> LandCommands:
         """The worker's orders for the step that is about to run."""
@@ -217,14 +175,12 @@ class Receiver:
     def num_waiting(self) -> int:
         """Hand-offs with reserved blocks."""
         with self._lock:
-            return sum(1 for incoming in self._all.values() if incoming.block_ids)
+            return self._all.num_waiting()
 
     def silent_peers(self) -> list[str]:
         """Boot ids of peers that may still write into our blocks and have not answered for SILENT_PEER_S."""
-        now_s = self._ports.clock.monotonic_s()
         with self._lock:
-            revoking = [i for i in self._all.values() if i.state is Receiving.REVOKING]
-            return sorted({i.prefill.boot_id for i in revoking if now_s - i.revoked_s > SILENT_PEER_S})
+            return self._all.silent_peers(self._ports.clock.monotonic_s())
 
     # ---- the control plane's thread ----
 
@@ -249,7 +205,7 @@ class Receiver:
     def on_peer_lost(self, control: str) -> None:
         """The process behind this control address is gone; its worker may live a moment longer (the fence knows)."""
         with self._lock:
-            for incoming in list(self._all.values()):
+            for incoming in self._all:
                 if incoming.prefill.control != control:
                     continue
                 self._lost_peers.add(incoming.prefill.boot_id)
@@ -264,7 +220,7 @@ class Receiver:
         """Gives up hand-offs that are past their deadline."""
         now_s = self._ports.clock.monotonic_s()
         with self._lock:
-            for incoming in list(self._all.values()):
+            for incoming in self._all:
                 if now_s <= incoming.deadline_s:
                     continue
                 if allows(incoming.state, Event.DEADLINE):
@@ -278,9 +234,6 @@ class Receiver:
     def _num_blocks(self, num_tokens: int, found_tokens: int) -> int:
         return -(-num_tokens // self._block_size) - found_tokens // self._block_size
 
-    def _reserved_blocks(self) -> int:
-        return sum(len(i.block_ids) for i in self._all.values() if i.state is not Receiving.RELEASED)
-
     def _accept(self, incoming: Incoming, first_block: int) -> Accept:
         prompt = incoming.prompt
         return Accept(
@@ -289,7 +242,7 @@ class Receiver:
             prompt_hash=prompt.hash,
             first_block=first_block,
             block_ids=list(incoming.block_ids),
-            num_tokens=incoming.found_tokens + incoming.cached_tokens + incoming.asked_tokens,
+            num_tokens=incoming.before_tokens + incoming.asked_tokens,
             schemes=self._offer.schemes,
             full_digest=self._offer.full_digest,
             timeout_s=max(incoming.deadline_s - self._ports.clock.monotonic_s(), 1.0),
@@ -382,8 +335,4 @@ class Receiver:
         self._move(incoming, Event.REPORTED)
         incoming.block_ids = ()
         if incoming.client_gone:
-            self._forget(incoming)
-
-    def _forget(self, incoming: Incoming) -> None:
-        self._by_request.pop(incoming.prompt.request_id, None)
-        self._all.pop(incoming.id, None)
+            self._all.forget(incoming)

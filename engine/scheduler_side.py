@@ -138,7 +138,7 @@ class SchedulerSide:
             return
         self._receiver.reserve(request_id, block_ids, num_tokens - cached, known.found, cached)
         if num_tokens == 0:
-            self._receiver.found(request_id, known.ticket.id, request.num_prompt_tokens, known.found)
+            self._accounts.found(request_id, known.ticket.id, request.num_prompt_tokens, known.found)
 
     def orders(self, scheduled: Any) -> StepOrders:
         """The worker's orders for the step that vLLM has just scheduled (a `SchedulerOutput`)."""
@@ -210,7 +210,7 @@ class SchedulerSide:
         elif arrived.why_lost:
             self._receiver.load_lost(request_id, known.ticket.id, arrived.why_lost)
         else:
-            self._receiver.loaded(request_id, known.ticket.id, parts, num_prompt, known.found)
+            self._accounts.loaded(request_id, known.ticket.id, parts, num_prompt, known.found)
 
     def _note_chunk(self, scheduled: Any, request_id: str, num_new: int) -> None:
         known = self._requests.get(request_id)

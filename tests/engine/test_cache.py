@@ -163,24 +163,35 @@ def test_tenants_share_nothing(start: Callable[..., Cluster]) -> None:
         cluster.restart("decode-0")
 
 
-def test_a_flipped_bit_in_the_arena_is_computed_anew_and_counted(start: Callable[..., Cluster], plain: Cluster) -> None:
-    cluster = start("0P1D", *CHUNKED, cache=BIG)
-    body = completion(600, 440)
-    expected = ask(plain.url, body).outcome()
-    ask(cluster.url, body)
-    settled(cluster)
-    cluster.restart("decode-0")
+def flip(cluster: Cluster, at: int) -> None:
+    """One bit of the arena."""
     fd, num_bytes, _ = fetch_arena(str(cluster.cache.socket), "test")
     arena = Mapping(fd, num_bytes)
     os.close(fd)
-    arena._mmap[1000] ^= 1
-    answer = ask(cluster.url, body)
-    assert answer.outcome() == expected
+    arena._mmap[at] ^= 1
+    arena.close()
+
+
+@pytest.mark.parametrize("topology", ["0P1D", "1P1D"])
+def test_a_flipped_bit_in_the_arena_is_computed_anew_and_counted(
+    start: Callable[..., Cluster], plain: Cluster, topology: str
+) -> None:
+    """Also where the rest of the prompt comes from a prefill instance, which meets the same block."""
+    cluster = start(topology, *CHUNKED, cache=BIG)
+    body = completion(600, 440)
+    ask(cluster.url, body)
+    settled(cluster)
+    for instance in cluster.instances:
+        cluster.restart(instance.name)
+    flip(cluster, 1000)
+    longer = body | {"prompt": body["prompt"] + token_prompt(400, 441)}
+    answer = ask(cluster.url, longer)
+    assert answer.outcome() == ask(plain.url, longer).outcome()
     entry = record(cluster.url, answer)
-    assert (entry["outcome"], entry["tokens"]["computed"]) == ("fell_back", 600), entry
+    tokens = tokens_of(cluster, answer)
+    assert (entry["outcome"], tokens["prompt"], tokens["computed"]) == ("fell_back", 1000, 1000), entry
     assert "differs" in entry["decode"]["why"]
     assert figures(cluster)["quarantined_blocks"] == 1
-    arena.close()
 
 
 @pytest.mark.parametrize(("phase", "role"), [("store", "prefill"), ("load", "decode")])

@@ -77,8 +77,8 @@ class SimEngine:
         ports = Ports(self._send, lambda: None, self.reports.append, clock, faults)
         self.sender = Sender(self.peer, LAYOUT, ports)
         offer = Offer(LAYOUT, [("inproc", self.transport.describe())])
-        accounts = Accounts(name, self.reports.append)
-        self.receiver = Receiver(self.peer, offer, ports, accounts, limits or Limits())
+        self.accounts = Accounts(name, self.reports.append)
+        self.receiver = Receiver(self.peer, offer, ports, self.accounts, limits or Limits())
 
     def _send(self, peer: Peer, message: Message) -> bool:
         self.outbox.append((peer, message))
@@ -183,7 +183,7 @@ class SimEngine:
         else:
             self.receiver.reserve(prompt.request_id, list(blocks), from_peer, 0)
             if not from_peer:
-                self.receiver.found(prompt.request_id, prompt.handoff.id, prompt.num_tokens, 0)
+                self.accounts.found(prompt.request_id, prompt.handoff.id, prompt.num_tokens, 0)
 
     def _capacity(self) -> Capacity:
         return Capacity(NUM_BLOCKS, len(self.free), 0)
