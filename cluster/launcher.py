@@ -24,9 +24,10 @@ from cluster import plan
 from cluster.cache import CacheMember, socket_of
 from cluster.members import InstanceMember, Member, get, plain_starter
 from cluster.options import ClusterOptions, Start
-from cluster.processes import start_child, stop_groups
+from cluster.processes import start_child
 from cluster.progress import Progress
 from cluster.runfolder import RunFolder
+from cluster.running import Running
 from cluster.supervisor import Supervisor
 from cluster.zygote import Zygote
 from core.errors import BatonError, ConfigError, UnsupportedError
@@ -59,7 +60,7 @@ class Cluster:
         self._specs = plan.instances(topology, self._options, self._address.local_url, self._build)
         self._start = plan.start_of(self._options, self._build)
         self._shared_zygote = zygote
-        self._parts = _Parts()
+        self._running = Running()
 
     @property
     def url(self) -> str:
@@ -69,30 +70,29 @@ class Cluster:
     @property
     def instances(self) -> list[InstanceMember]:
         """Prefill instances first."""
-        return self._parts.instances
+        return self._running.instances
 
     @property
     def members(self) -> list[Member]:
         """Everything that is supervised: the instances, the proxy and the cache server."""
-        parts = self._parts
-        return [*parts.instances, *([parts.proxy] if parts.proxy else []), *([parts.cache] if parts.cache else [])]
+        return self._running.members
 
     @property
     def proxy(self) -> Member:
-        if self._parts.proxy is None:
+        if self._running.proxy is None:
             raise BatonError("the cluster is not started")
-        return self._parts.proxy
+        return self._running.proxy
 
     @property
     def cache(self) -> CacheMember:
-        if self._parts.cache is None:
+        if self._running.cache is None:
             raise BatonError("the cluster has no cache server of its own")
-        return self._parts.cache
+        return self._running.cache
 
     @property
     def failed(self) -> str:
         """The names of what died too often and stays down; "" as long as all is well."""
-        return ", ".join(sorted(self._parts.supervisor.given_up)) if self._parts.supervisor else ""
+        return self._running.failed
 
     def instance(self, name: str) -> InstanceMember:
         """By name: prefill-0, decode-0, decode-1, ..."""
@@ -113,20 +113,20 @@ class Cluster:
 
     def start(self) -> None:
         """Returns when every instance is ready. Raises BatonError with the last words of what died before."""
-        parts = self._parts
-        parts.folder = RunFolder.create()
-        parts.proxy = self._start_proxy(parts.folder)
-        socket = self._start_cache(parts.folder)
-        zygote = self._start_zygote(parts.folder)
+        running = self._running
+        running.folder = RunFolder.create()
+        running.proxy = self._start_proxy(running.folder)
+        socket = self._start_cache(running.folder)
+        zygote = self._start_zygote(running.folder)
         for spec in self._specs:
             spec = plan.with_cache(spec, socket) if socket else spec
-            member = self._member(spec, parts.folder, zygote)
-            parts.instances.append(member)
+            member = self._member(spec, running.folder, zygote)
+            running.instances.append(member)
             member.start()
         self.wait_ready()
         if self._options.restart:
-            parts.supervisor = Supervisor(list(reversed(self.members)), self._note, self._silent)
-            parts.supervisor.start()
+            running.supervisor = Supervisor(list(reversed(self.members)), self._note, self._silent)
+            running.supervisor.start()
 
     def wait_ready(self, timeout_s: float | None = None) -> None:
         """Until the proxy can use every instance. Raises BatonError at the time limit, or if one died unsupervised."""
@@ -134,7 +134,7 @@ class Cluster:
 
     def restart(self, name: str) -> None:
         """Kills one instance with all its processes; returns when it is ready again."""
-        member, supervised = self.instance(name), self._parts.supervisor is not None
+        member, supervised = self.instance(name), self._running.supervisor is not None
         pid = member.pid
         member.kill_group()
         if not supervised:
@@ -145,21 +145,8 @@ class Cluster:
 
     def stop(self) -> None:
         """Ends everything that was started; returns when no process of it lives. May be called again."""
-        members = self.members
-        parts, self._parts = self._parts, _Parts()
-        if parts.supervisor:
-            parts.supervisor.stop()
-        for member in members:
-            member.leave()
-        stop_groups([member.child for member in members if member.child])
-        if parts.zygote:
-            parts.zygote.close()
-        if parts.supervisor:
-            parts.supervisor.release()
-        if parts.cache:
-            parts.cache.release()
-        if parts.folder:
-            parts.folder.remove()
+        running, self._running = self._running, Running()
+        running.stop()
 
     def _start_cache(self, folder: RunFolder) -> str:
         """The socket of the host's KV cache; empty if none was asked for."""
@@ -168,7 +155,7 @@ class Cluster:
             return ""
         if spec.socket:
             return socket_of(f"unix:{spec.socket}")
-        cache = self._parts.cache = CacheMember(spec, folder.path)
+        cache = self._running.cache = CacheMember(spec, folder.path)
         cache.start()
         self._wait(lambda: "" if cache.is_ready() else "cache server", 30.0)
         if self._progress:
@@ -183,7 +170,7 @@ class Cluster:
         log = folder.path / "proxy.log"
         proxy = Member("proxy", log, lambda: start_child(command, {"PYTHONPATH": source_path()}, log))
         proxy.start()
-        self._parts.proxy = proxy
+        self._running.proxy = proxy
         self._wait(lambda: "" if get(f"{self._address.local_url}/health")[0] else "proxy", 60.0)
         if self._progress:
             self._progress.done(f"proxy listens on {self.url}")
@@ -194,7 +181,7 @@ class Cluster:
         if self._start is Start.PLAIN or self._shared_zygote:
             return self._shared_zygote if self._start is Start.FORK else None
         zygote = Zygote(folder.path, offline=Path(self._options.model.path).is_dir())
-        self._parts.zygote = zygote
+        self._running.zygote = zygote
         try:
             self._wait(lambda: "" if zygote.is_ready() else "vLLM to be imported", 300.0)
         except UnsupportedError as error:
@@ -226,43 +213,16 @@ class Cluster:
     def _wait(self, missing: Callable[[], str], timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         while text := missing():
-            self._check_living()
+            self._running.check_living()
             if time.monotonic() > deadline:
-                raise BatonError(f"waited {timeout_s:.0f} s in vain for {text}\n{self._last_words()}".rstrip())
+                raise BatonError(f"waited {timeout_s:.0f} s in vain for {text}\n{self._running.last_words()}".rstrip())
             if self._progress:
                 self._progress.waiting(f"waiting for {text}")
             time.sleep(_POLL_S)
 
-    def _check_living(self) -> None:
-        """Raises BatonError if something died that nobody starts again."""
-        parts = self._parts
-        if parts.supervisor and not parts.supervisor.given_up:
-            return
-        for member in reversed(self.members):
-            code = member.exit_code()
-            if code is not None:
-                raise BatonError(
-                    f"{member.name} ended during start with exit code {code}\n{member.last_words()}".rstrip()
-                )
-
-    def _last_words(self) -> str:
-        return "\n".join(member.last_words() for member in self.instances)
-
     def _note(self, text: str) -> None:
         if self._progress:
             self._progress.note(text)
-
-
-class _Parts:
-    """What is running now."""
-
-    def __init__(self) -> None:
-        self.folder: RunFolder | None = None
-        self.proxy: Member | None = None
-        self.cache: CacheMember | None = None
-        self.zygote: Zygote | None = None
-        self.supervisor: Supervisor | None = None
-        self.instances: list[InstanceMember] = []
 
 
 def _tenant_key() -> Path:
