@@ -24,6 +24,7 @@ from core.errors import ConfigError
 from kvcache.conformance import BLOCK_BYTES, block_of, check_tier, key_of, read
 from kvcache.disk import STAMP_S, DiskTier
 from kvcache.disk_folder import HEADER_BYTES
+from kvcache.faulty_tier import FaultyTier, TierFaults
 from kvcache.tier import TierError
 from tests.poll import until
 
@@ -74,6 +75,10 @@ def flip(path: Path, bit: int) -> None:
 
 def test_it_keeps_the_contract_of_every_tier(folder: Path) -> None:
     check_tier(lambda: tier_in(folder))
+
+
+def test_it_still_does_when_every_call_is_late(folder: Path) -> None:
+    check_tier(lambda: FaultyTier(tier_in(folder), TierFaults(delay_s=0.005)))
 
 
 def test_a_restart_keeps_the_blocks_and_their_order_of_use(folder: Path) -> None:

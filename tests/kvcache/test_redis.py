@@ -20,6 +20,7 @@ from core.clock import Clock, ManualClock
 from core.errors import ConfigError
 from kvcache.breaker import LONGEST_PAUSE_S
 from kvcache.conformance import BLOCK_BYTES, block_of, check_tier, key_of, read
+from kvcache.faulty_tier import FaultyTier, TierFaults
 from kvcache.redis_tier import KEY_PREFIX, RedisTier
 from kvcache.tier import TierError
 from tests.poll import until
@@ -165,6 +166,12 @@ def raw_key(number: int) -> bytes:
 def test_it_is_a_tier(number: int, start_servers: StartServers, make_tier: MakeTier) -> None:
     servers = start_servers(number)
     check_tier(lambda: make_tier(servers))
+
+
+@needs_server
+def test_it_still_is_when_every_call_is_late(start_servers: StartServers, make_tier: MakeTier) -> None:
+    servers = start_servers(2)
+    check_tier(lambda: FaultyTier(make_tier(servers), TierFaults(delay_s=0.005)))
 
 
 @needs_server
