@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import random
 import socket
 from contextlib import ExitStack
+from pathlib import Path
 from typing import NamedTuple
 
 from core.errors import ConfigError
@@ -12,6 +14,8 @@ from engine.instance import url_of
 
 LOOPBACK = "127.0.0.1"
 WILDCARDS = ("0.0.0.0", "::")
+LOWEST_PORT = 20_000
+MAX_TRIES = 2_000
 
 
 class Address(NamedTuple):
@@ -38,12 +42,40 @@ def is_loopback(host: str) -> bool:
 
 
 def free_ports(count: int, host: str) -> list[int]:
-    """Different ports that nobody listens on now."""
+    """Different ports that nobody listens on now.
+
+    Not of those that the kernel gives to outgoing connections: a server binds seconds after its port was chosen, and any
+    connection of this machine could take it meanwhile. Where the kernel has them all, one of those has to do.
+    """
+    found: list[int] = []
+    candidates = range(LOWEST_PORT, first_outgoing_port())
+    for port in random.sample(candidates, min(len(candidates), MAX_TRIES)):
+        if len(found) == count:
+            return found
+        if _is_free(port, host):
+            found.append(port)
     with ExitStack() as stack:
-        sockets = [stack.enter_context(_socket(host)) for _ in range(count)]
+        sockets = [stack.enter_context(_socket(host)) for _ in range(count - len(found))]
         for each in sockets:
             each.bind((host, 0))
-        return [each.getsockname()[1] for each in sockets]
+        return found + [each.getsockname()[1] for each in sockets]
+
+
+def first_outgoing_port() -> int:
+    """From which on the kernel chooses ports by itself."""
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return LOWEST_PORT
+
+
+def _is_free(port: int, host: str) -> bool:
+    try:
+        with _socket(host) as probe:
+            probe.bind((host, port))
+    except OSError:
+        return False
+    return True
 
 
 def check_free(port: int, host: str) -> None:

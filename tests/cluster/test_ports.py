@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from cluster.ports import check_free, free_ports
+from cluster.ports import LOWEST_PORT, check_free, first_outgoing_port, free_ports
 from core.errors import ConfigError
 
 
@@ -15,6 +15,13 @@ def test_free_ports_differ_and_can_be_bound() -> None:
     assert len(set(ports)) == 8
     for port in ports:
         check_free(port, "127.0.0.1")
+
+
+def test_no_outgoing_connection_of_this_machine_can_take_a_free_port_before_its_server_does() -> None:
+    first = first_outgoing_port()
+    if first <= LOWEST_PORT + 1000:
+        pytest.skip(f"the kernel gives all ports from {first} on to outgoing connections")
+    assert max(free_ports(50, "127.0.0.1")) < first
 
 
 def test_a_used_port_is_refused_by_number() -> None:
