@@ -44,8 +44,8 @@ def is_loopback(host: str) -> bool:
 def free_ports(count: int, host: str) -> list[int]:
     """Different ports that nobody listens on now.
 
-    Not of those that the kernel gives to outgoing connections: a server binds seconds after its port was chosen, and any
-    connection of this machine could take it meanwhile. Where the kernel has them all, one of those has to do.
+    Not of those that the kernel gives to outgoing connections: a server binds seconds after its port was chosen, and
+    any connection of this machine could take it meanwhile. Where the kernel has them all, one of those has to do.
     """
     found: list[int] = []
     candidates = range(LOWEST_PORT, first_outgoing_port())
