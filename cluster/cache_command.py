@@ -9,13 +9,14 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from cluster.cache import CacheMember, CacheSpec, figures_of
+from cluster.cache import CacheMember, figures_of
 from cluster.processes import stop_groups
 from cluster.progress import Progress
 from cluster.runfolder import RunFolder, default_base
 from cluster.supervisor import Supervisor
 from core.errors import BatonError, ConfigError
 from kvcache.client import ask_figures, drop_all
+from kvcache.spec import CacheSpec
 
 _POLL_S = 0.1
 _START_TIMEOUT_S = 20.0

@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 
 from cluster.bundled import bundled_model
-from cluster.cache import CacheSpec
 from core.handoff import Role
 from engine.instance import ServedModel
+from kvcache.spec import CacheSpec
 
 
 class Start(enum.Enum):

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cluster.bundled import served_model
-from cluster.cache import CacheSpec
 from cluster.launcher import Cluster
 from cluster.options import ClusterOptions, Start
 from cluster.progress import Progress
 from core.errors import BatonError
+from kvcache.spec import CacheSpec
 
 _POLL_S = 0.2
 

@@ -1,9 +1,11 @@
-"""`python -m kvcache`: the cache server as a child of whoever holds its memory's descriptors."""
+"""`python -m kvcache`: the cache server as a child of whoever holds its memory's descriptors. What it should be stands
+in the environment (`spec.SPEC_VARIABLE`), as `--cache` says it."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import signal
 import sys
 from pathlib import Path
@@ -12,9 +14,9 @@ import uvloop
 
 from core.clock import SystemClock
 from core.errors import BatonError
-from kvcache.disk import DiskTier
 from kvcache.server import CacheServer
-from kvcache.tier import Tier
+from kvcache.spec import SPEC_VARIABLE, CacheSpec
+from kvcache.tiers import make_tier
 
 
 def main() -> int:
@@ -23,29 +25,17 @@ def main() -> int:
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--arena-fd", type=int, required=True)
     parser.add_argument("--ledger-fd", type=int, required=True)
-    parser.add_argument("--disk", type=Path, metavar="FOLDER", help="a tier on this disk")
-    parser.add_argument("--disk-bytes", type=int, default=0, help="how much of it")
-    parser.add_argument("--redis", action="append", default=[], metavar="URL", help="a tier on these servers")
     options = parser.parse_args()
     fds = options.arena_fd, options.ledger_fd
+    clock = SystemClock()
     try:
-        uvloop.run(_serve(CacheServer(fds, options.socket, SystemClock(), _tiers(options))))
+        text = os.environ.get(SPEC_VARIABLE)
+        tiers = [make_tier(tier, clock) for tier in CacheSpec.parse(text).tiers] if text else []
+        uvloop.run(_serve(CacheServer(fds, options.socket, clock, tiers)))
     except BatonError as error:
         print(f"baton cache: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _tiers(options: argparse.Namespace) -> list[Tier]:
-    """The nearest first. Raises ConfigError."""
-    tiers: list[Tier] = []
-    if options.disk is not None:
-        tiers.append(DiskTier(options.disk, options.disk_bytes, SystemClock()))
-    if options.redis:
-        from kvcache.redis_tier import RedisTier
-
-        tiers.append(RedisTier(options.redis))
-    return tiers
 
 
 async def _serve(server: CacheServer) -> None:

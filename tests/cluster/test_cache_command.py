@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cache import CacheSpec
 from cluster.processes import group_members
 from core.errors import ConfigError
 from kvcache import wire
 from kvcache.client import CacheClient, ask_figures
 from kvcache.keys import join_keys
+from kvcache.spec import CacheSpec, DiskSpec, RedisSpec
 from tests.cluster.test_command import baton
 from tests.kvcache.places import key
 from tests.poll import until
@@ -27,13 +27,14 @@ from tests.poll import until
     [("8GiB", 8 << 30), ("8g", 8 << 30), ("512MiB", 512 << 20), ("1.5 GB", 3 << 29), ("1048576", 1 << 20)],
 )
 def test_sizes(text: str, num_bytes: int) -> None:
-    assert CacheSpec.parse(text) == CacheSpec(num_bytes=num_bytes)
+    assert CacheSpec.parse(text) == CacheSpec(num_bytes=num_bytes, text=text)
 
 
 def test_tiers_below_the_arena() -> None:
     spec = CacheSpec.parse("8GiB,disk=/mnt/kv:100GiB,redis://10.0.0.1:6379,redis://10.0.0.2:6379")
-    assert (spec.num_bytes, spec.disk, spec.disk_bytes) == (8 << 30, "/mnt/kv", 100 << 30)
-    assert spec.redis == ("redis://10.0.0.1:6379", "redis://10.0.0.2:6379")
+    assert spec.num_bytes == 8 << 30
+    both = RedisSpec(("redis://10.0.0.1:6379", "redis://10.0.0.2:6379"))
+    assert spec.tiers == (DiskSpec("/mnt/kv", 100 << 30), both)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import requests
 
-from cluster.cache import CacheSpec
 from cluster.launcher import Cluster
 from kvcache.client import ask_figures, fetch_arena
+from kvcache.spec import CacheSpec
 from tests.engine.client import Answer, ask, ask_all, record
 from tests.engine.clusters import CHUNKED, WHOLE
 from tests.engine.prompts import BLOCK, LENGTHS, chat_messages, token_prompt

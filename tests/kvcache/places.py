@@ -15,6 +15,7 @@ from kvcache.client import ask_figures
 from kvcache.keys import BlockKey, block_key, namespace
 from kvcache.ledger import Ledger, ledger_bytes
 from kvcache.server import ArenaFds
+from kvcache.spec import SPEC_VARIABLE
 from tests.poll import until
 from transport.base import Region
 from transport.mapping import Mapping, make_memfd
@@ -60,8 +61,8 @@ class Engine:
 class Server:
     """A real server process over an arena that this test holds, as a launcher would."""
 
-    def __init__(self, folder: Path, arena_bytes: int, tiers: tuple[str, ...] = ()) -> None:
-        self._tiers = tiers
+    def __init__(self, folder: Path, arena_bytes: int, words: tuple[str, ...] = ()) -> None:
+        self._spec = ",".join(["1MiB", *words])
         self.socket = str(folder / "cache.sock")
         self._fds = ArenaFds(arena_bytes)
         self.process: subprocess.Popen[str] | None = None
@@ -70,13 +71,12 @@ class Server:
         """Returns the server's first line when it answers."""
         command = [sys.executable, "-P", "-m", "kvcache", "--socket", self.socket]
         command += ["--arena-fd", str(self._fds.arena), "--ledger-fd", str(self._fds.ledger)]
-        command += self._tiers
         self.process = subprocess.Popen(
             command,
             pass_fds=(self._fds.arena, self._fds.ledger),
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), SPEC_VARIABLE: self._spec},
         )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -107,8 +107,9 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, arena_bytes: int, *tiers: str) -> Iterator[Server]:
-    server = Server(folder, arena_bytes, tiers)
+def serving(folder: Path, arena_bytes: int, *words: str) -> Iterator[Server]:
+    """words: tiers, as `--cache` names them after the size."""
+    server = Server(folder, arena_bytes, words)
     server.start()
     try:
         yield server

@@ -13,8 +13,8 @@ ARENA_BYTES = 32 * BLOCK_BYTES
 PROMPT = (1, 2, 3)
 
 
-def disk_of(folder: Path) -> tuple[str, ...]:
-    return "--disk", str(folder / "disk"), "--disk-bytes", str(100 * BLOCK_BYTES)
+def disk_of(folder: Path) -> str:
+    return f"disk={folder}/disk:{100 * BLOCK_BYTES}"
 
 
 def store_prompt(server: Server, figure: str = "disk_blocks") -> list[bytes]:
@@ -30,9 +30,9 @@ def store_prompt(server: Server, figure: str = "disk_blocks") -> list[bytes]:
 
 
 def test_after_everything_was_killed_the_disk_still_has_it(tmp_path: Path) -> None:
-    with serving(tmp_path, ARENA_BYTES, *disk_of(tmp_path)) as server:
+    with serving(tmp_path, ARENA_BYTES, disk_of(tmp_path)) as server:
         blocks = store_prompt(server)
-    with serving(tmp_path, ARENA_BYTES, *disk_of(tmp_path)) as server:
+    with serving(tmp_path, ARENA_BYTES, disk_of(tmp_path)) as server:
         assert server.figures()["blocks"] == 0, "another arena"
         instance = Instance(server.socket)
         assert instance.arrive("second", (*PROMPT, 4)) == 3 * BLOCK_SIZE
@@ -47,14 +47,14 @@ def test_after_everything_was_killed_the_disk_still_has_it(tmp_path: Path) -> No
 
 
 def test_a_flipped_bit_on_the_disk_is_a_miss_and_ends_the_prefix_there(tmp_path: Path) -> None:
-    with serving(tmp_path, ARENA_BYTES, *disk_of(tmp_path)) as server:
+    with serving(tmp_path, ARENA_BYTES, disk_of(tmp_path)) as server:
         store_prompt(server)
     spoiled = [path for path in (tmp_path / "disk").rglob("*") if path.is_file() and b"2/0;2/0;" in path.read_bytes()]
     (path,) = spoiled
     content = bytearray(path.read_bytes())
     content[-100] ^= 1
     path.write_bytes(content)
-    with serving(tmp_path, ARENA_BYTES, *disk_of(tmp_path)) as server:
+    with serving(tmp_path, ARENA_BYTES, disk_of(tmp_path)) as server:
         instance = Instance(server.socket)
         assert instance.arrive("second", PROMPT) == BLOCK_SIZE
         assert instance.load("second", BLOCK_SIZE, [0]).why == ""
@@ -63,7 +63,7 @@ def test_a_flipped_bit_on_the_disk_is_a_miss_and_ends_the_prefix_there(tmp_path:
 
 
 def test_a_redis_that_is_not_there_costs_a_moment_and_no_block(tmp_path: Path) -> None:
-    with serving(tmp_path, ARENA_BYTES, "--redis", "redis://127.0.0.1:9/0") as server:
+    with serving(tmp_path, ARENA_BYTES, "redis://127.0.0.1:9/0") as server:
         instance = Instance(server.socket)
         for number in range(5):
             request = f"r{number}"
@@ -82,7 +82,7 @@ def test_another_host_finds_it_in_redis_and_one_of_two_servers_may_die(tmp_path:
     try:
         for redis in servers:
             redis.start()
-        tiers = [word for redis in servers for word in ("--redis", redis.url)]
+        tiers = [redis.url for redis in servers]
         with serving(tmp_path, ARENA_BYTES, *tiers) as server:
             blocks = store_prompt(server, "redis_puts")
         servers[0].kill()
