@@ -105,6 +105,14 @@ class CacheScheduler:
         """For the step that is about to run."""
         return CacheOrders(self._reader.take_loads(), self._writer.take_stores())
 
+    def has_loads(self) -> bool:
+        """Whether a load waits for the step that is about to run."""
+        return self._reader.has_loads()
+
+    def next_end_s(self) -> float:
+        """Seconds for which no running load is likely to end."""
+        return self._reader.next_end_s()
+
     def results(self, results: CacheResults) -> None:
         """The worker's answer."""
         for loaded in results.loaded:

@@ -34,14 +34,15 @@ class StepOrders(KVConnectorMetadata):
 
 @dataclass
 class StepResults(KVConnectorWorkerMetadata):
-    """Worker to scheduler, every step. arrived: waiting requests that are reported to vLLM now. num_watched: copies
-    and hand-offs whose end comes without a message."""
+    """Worker to scheduler, every step. arrived: waiting requests that are reported to vLLM now. num_watched:
+    transfers and hand-offs whose end comes without a message; num_loading: loads from the cache, likewise."""
 
     push: PushResults = field(default_factory=PushResults)
     land: LandResults = field(default_factory=LandResults)
     cache: CacheResults = field(default_factory=CacheResults)
     arrived: list[Arrived] = field(default_factory=list)
     num_watched: int = 0
+    num_loading: int = 0
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Called with several tensor-parallel ranks, which are refused at start."""

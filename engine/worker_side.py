@@ -103,17 +103,17 @@ class WorkerSide:
             return StepResults()
         push, land = self._pusher.end_step(), self._lander.end_step()
         num_watched = self._pusher.num_in_flight() + self._lander.num_waiting()
-        cache = CacheResults()
+        cache, num_loading = CacheResults(), 0
         if self._cache is not None:
             cache = self._cache.end()
-            num_watched += self._cache.num_running()
+            num_loading = self._cache.num_running()
         for received in land.received:
             self._arrivals.end(received.request_id, Part.PEER)
         for lost in land.lost:
             self._arrivals.end(lost.request_id, Part.PEER, lost.why or "lost")
         for loaded in cache.loaded:
             self._arrivals.end(loaded.request_id, Part.CACHE, loaded.why, loaded)
-        return StepResults(push, land, cache, self._arrivals.take(), num_watched)
+        return StepResults(push, land, cache, self._arrivals.take(), num_watched, num_loading)
 
     def close(self) -> None:
         """Ends every thread and connection."""

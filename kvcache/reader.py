@@ -47,7 +47,7 @@ _OPEN = (Stage.ASKED, Stage.COMING)
 
 @dataclass
 class _LookUp:
-    """One request's question and what came of it."""
+    """One request's question and what came of it. loaded_s: when its load is likely to have ended (monotonic)."""
 
     number: int
     epoch: int
@@ -58,6 +58,7 @@ class _LookUp:
     grants: list[wire.Grant] = field(default_factory=list)
     arena_id: str = ""
     num_coming: int = 0
+    loaded_s: float = 0.0
     is_gone: bool = False
 
 
@@ -117,8 +118,18 @@ class Reader:
             if index >= first
         ]
         self._loads.append(Load(request_id, look_up.arena_id, pieces))
+        look_up.loaded_s = self._clock.monotonic_s() + (self.pace.load_s(len(pieces) * self._block_size) or 0.0)
         look_up.stage = Stage.LOADING
         return True
+
+    def next_end_s(self) -> float:
+        """Seconds until the first of the running loads is likely to end; 0 if that may be now, or none runs."""
+        ends = [look_up.loaded_s for look_up in self._all.values() if look_up.stage is Stage.LOADING]
+        return max(min(ends) - self._clock.monotonic_s(), 0.0) if ends else 0.0
+
+    def has_loads(self) -> bool:
+        """Whether the worker's next orders have loads."""
+        return bool(self._loads)
 
     def take_loads(self) -> list[Load]:
         """The worker's orders for the step that is about to run."""
