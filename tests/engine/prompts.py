@@ -39,6 +39,11 @@ def token_prompt(num_tokens: int, seed: int) -> list[int]:
     return (unique + ids[2:])[:num_tokens]
 
 
+def text_of(num_tokens: int, seed: int) -> str:
+    """About so many tokens of the passage as text."""
+    return str(_tokenizer().decode(token_prompt(num_tokens, seed)[2:]))
+
+
 def chat_messages(num_tokens: int, seed: int) -> list[dict[str, Any]]:
     """A user message of about so many tokens after a system text."""
     text = _tokenizer().decode(token_prompt(max(num_tokens - 20, 1), seed))
