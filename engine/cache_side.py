@@ -22,6 +22,7 @@ from kvcache.client import CacheClient, fetch_arena
 from kvcache.keys import BlockKey, block_key, namespace
 from kvcache.loader import Loader
 from kvcache.orders import CacheOrders, CacheResults, Loaded
+from kvcache.partial import PartialBlocks, root_key
 from kvcache.reader import Reader
 from kvcache.storer import Storer
 from kvcache.writer import Writer
@@ -41,14 +42,12 @@ def refuse_hash(algorithm: str) -> None:
         )
 
 
-def by_tier(loaded: Loaded, block_size: int, most_tokens: int) -> list[FromCache]:
-    """What each tier gave of one load; the last block's last token may not count, since the engine computes it."""
+def by_tier(loaded: Loaded) -> list[FromCache]:
+    """What each tier gave of one load."""
     parts = []
     for tier, num_blocks in loaded.tiers.items():
         share = num_blocks / max(loaded.num_blocks, 1)
-        tokens = min(num_blocks * block_size, most_tokens)
-        most_tokens -= tokens
-        parts.append(FromCache(tier, tokens, round(loaded.num_bytes * share), loaded.seconds * share))
+        parts.append(FromCache(tier, loaded.tokens[tier], round(loaded.num_bytes * share), loaded.seconds * share))
     return parts
 
 
@@ -59,6 +58,7 @@ class CacheScheduler:
         self, settings: ConnectorSettings, layout: KVLayout, boot_id: str, hash_algorithm: str, wake: Callable[[], None]
     ) -> None:
         self._fingerprint = layout.fingerprint()
+        self._block_size = layout.block_size
         self._hash_algorithm = hash_algorithm
         hello = wire.Hello(settings.name, boot_id, layout.block_bytes * layout.num_layers)
         clock = SystemClock()
@@ -74,8 +74,9 @@ class CacheScheduler:
         if request_id in self._keys:
             return
         keys = self._keys_of(request)
-        self._reader.arrive(request_id, keys, reserve=computes)
-        self._writer.arrive(request_id, keys, asked=computes)
+        partials = self._partials_of(request, keys)
+        self._reader.arrive(request_id, keys, partials, reserve=computes)
+        self._writer.arrive(request_id, keys, request.num_prompt_tokens, partials.last, asked=computes)
 
     def look_up(self, request: Any, found_tokens: int) -> int | None:
         """Tokens to load after those found in the engine's own cache; None: not known yet."""
@@ -136,6 +137,14 @@ class CacheScheduler:
         space = self._space_of(request.lora_request)
         keys.extend(block_key(space, bytes(block)) for block in request.block_hashes[len(keys) :])
         return keys
+
+    def _partials_of(self, request: Any, keys: Sequence[BlockKey]) -> PartialBlocks:
+        """None of a prompt that is more than token ids: what else it is stands in the hashes of full blocks alone."""
+        token_ids = request.prompt_token_ids or ()
+        if request.mm_features or request.prompt_embeds is not None:
+            token_ids = ()
+        root = root_key(self._space_of(request.lora_request), request.cache_salt or "")
+        return PartialBlocks(root, keys, token_ids, self._block_size)
 
     def _space_of(self, lora: Any) -> bytes:
         path = lora.lora_path if lora is not None else ""

@@ -204,7 +204,7 @@ class SchedulerSide:
         if known is None or known.ticket is None or self._receiver is None or arrived.loaded is None:
             return
         num_prompt = known.request.num_prompt_tokens
-        parts = by_tier(arrived.loaded, self._layout.block_size, num_prompt - 1 - known.found)
+        parts = by_tier(arrived.loaded)
         if known.sends:
             if not arrived.why_lost:
                 self._sender.loaded(request_id, parts)

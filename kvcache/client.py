@@ -77,10 +77,15 @@ class CacheClient:
         self._ring()
         return True
 
-    def search(self, keys: bytes, *, reserve: bool) -> int:
+    def search(self, keys: bytes, *, reserve: bool, partial: bytes = b"", root: bytes = b"") -> int:
         """Asks which prefix of the keys is there. The id for `take` and Release; 0 if nobody can be asked."""
         number = self._next_id()
-        return number if self.send(wire.Search(number, keys, reserve)) else 0
+        return number if self.send(wire.Search(number, keys, reserve, partial, root)) else 0
+
+    def search_partial(self, keys: bytes, before: bytes) -> int:
+        """Asks which is the first of these partial blocks that is there; as `search`."""
+        number = self._next_id()
+        return number if self.send(wire.SearchPartial(number, keys, before)) else 0
 
     def reserve(self, keys: bytes) -> int:
         """Asks which of the keys may be written. The id for `take`; 0 if nobody can be asked."""

@@ -9,7 +9,7 @@ Threading: the server's event loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 
 from core.errors import ProtocolError
@@ -52,6 +52,8 @@ class Client:
         match message:
             case wire.Search():
                 self._search(message)
+            case wire.SearchPartial():
+                self._search_partial(message)
             case wire.Reserve():
                 self.send(wire.Granted(message.id, self._reserve(_keys(message.keys), 0)))
             case wire.Ask():
@@ -92,9 +94,12 @@ class Client:
         if not rest or not self._hierarchy.levels or not self._block_bytes or len(self._searching) >= MAX_SEARCHES:
             self._answer(message, keys, slots)
             return
-        task = asyncio.create_task(self._search_below(message, keys, slots))
-        self._searching[message.id] = task
-        task.add_done_callback(lambda _: self._searching.pop(message.id, None))
+        self._begin(message.id, self._search_below(message, keys, slots))
+
+    def _begin(self, lease: int, searching: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(searching)
+        self._searching[lease] = task
+        task.add_done_callback(lambda _: self._searching.pop(lease, None))
 
     async def _search_below(self, message: wire.Search, keys: list[BlockKey], slots: list[wire.Slot]) -> None:
         """The arena has a part; the tiers below are asked for what follows."""
@@ -116,12 +121,44 @@ class Client:
         self._index.counts.searched += len(keys)
         self._index.counts.found += len(slots)
         grants = self._reserve(keys[len(slots) :], len(slots)) if message.reserve else []
-        self.send(wire.Found(message.id, slots, grants))
+        before = keys[len(slots) - 1] if slots else message.root
+        has_partial = self._index.has_partial(before)
+        if message.partial and len(slots) == len(keys) and self._hierarchy.levels:
+            has_partial = True  # that is only likely: its place is granted when SearchPartial has not found it
+        elif message.partial and message.reserve:
+            grants += self._reserve(_keys(message.partial), len(keys), keys[-1] if keys else message.root)
+        self.send(wire.Found(message.id, slots, grants, has_partial=has_partial))
 
-    def _reserve(self, keys: list[BlockKey], first: int) -> list[wire.Grant]:
+    def _search_partial(self, message: wire.SearchPartial) -> None:
+        keys = _keys(message.keys)
+        if self._answer_partial(message.id, keys):
+            return
+        if keys and self._hierarchy.levels and self._block_bytes and len(self._searching) < MAX_SEARCHES:
+            self._begin(message.id, self._search_partial_below(message, keys[:1]))
+        else:
+            self._answer_no_partial(message, keys[:1])
+
+    async def _search_partial_below(self, message: wire.SearchPartial, keys: list[BlockKey]) -> None:
+        levels = await self._hierarchy.find(keys)
+        origins = await self._hierarchy.bring_up(keys, levels, self._block_bytes) if levels else []
+        if not origins or not self._answer_partial(message.id, keys, origins[0]):
+            self._answer_no_partial(message, keys)
+
+    def _answer_partial(self, lease: int, keys: list[BlockKey], tier: str = "host") -> bool:
+        found = self._index.search_any(self._owner, lease, keys)
+        if found is not None:
+            index, entry = found
+            self.send(wire.Found(lease, [wire.Slot(entry.offset, entry.digest, tier)], index=index))
+        return found is not None
+
+    def _answer_no_partial(self, message: wire.SearchPartial, keys: list[BlockKey]) -> None:
+        grants = self._reserve(keys, 0, message.before) if message.before else []
+        self.send(wire.Found(message.id, grants=grants))
+
+    def _reserve(self, keys: list[BlockKey], first: int, before: BlockKey = b"") -> list[wire.Grant]:
         if not self._block_bytes:
             raise ProtocolError("a client without blocks cannot write any")
-        granted = self._index.reserve(self._owner, keys, self._block_bytes)
+        granted = self._index.reserve(self._owner, keys, self._block_bytes, before)
         return [wire.Grant(first + index, offset) for index, offset in granted]
 
     def _commit(self, message: wire.Commit) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,7 +53,8 @@ class State(enum.Enum):
 
 @dataclass(slots=True)
 class Entry:
-    """One block's bytes. `deadline_s`: of the reservation, or the end of cooling."""
+    """One block's bytes. `deadline_s`: of the reservation, or the end of cooling. before: of a partial block, the
+    key of the block that it follows; not known any more after a take-over."""
 
     key: BlockKey
     offset: int
@@ -63,6 +64,7 @@ class Entry:
     deadline_s: float
     digest: int = 0
     pins: int = 0
+    before: BlockKey = b""
 
 
 @dataclass
@@ -109,6 +111,7 @@ class Index:
         self._reserved: dict[BlockKey, Entry] = {}
         self._ready: OrderedDict[BlockKey, Entry] = OrderedDict()
         self._cooling: list[Entry] = []
+        self._partials: Counter[BlockKey] = Counter()
         self._leases: dict[tuple[int, int], Lease] = {}
         for line in ledger.lines():
             self._take_over(line)
@@ -140,6 +143,18 @@ class Index:
             self._leases[owner, lease] = Lease(found, self._clock.monotonic_s() + LEASE_S)
         return found
 
+    def search_any(self, owner: int, lease: int, keys: Sequence[BlockKey]) -> tuple[int, Entry] | None:
+        """(index into keys, block) of the first that is complete, pinned as `search` does."""
+        for index, key in enumerate(keys):
+            found = self.search(owner, lease, [key])
+            if found:
+                return index, found[0]
+        return None
+
+    def has_partial(self, before: BlockKey) -> bool:
+        """Whether a complete partial block follows this one."""
+        return self._partials[before] > 0
+
     def release(self, owner: int, lease: int) -> None:
         """Ends the pins of one search; one that is not known (any more) is passed over."""
         held = self._leases.pop((owner, lease), None)
@@ -152,8 +167,10 @@ class Index:
             if key in self._ready:
                 self._ready.move_to_end(key)
 
-    def reserve(self, owner: int, keys: Sequence[BlockKey], num_bytes: int) -> list[tuple[int, int]]:
-        """(index into keys, offset) of blocks that `owner` may write now.
+    def reserve(
+        self, owner: int, keys: Sequence[BlockKey], num_bytes: int, before: BlockKey = b""
+    ) -> list[tuple[int, int]]:
+        """(index into keys, offset) of blocks that `owner` may write now. before: they are partial, and follow it.
 
         Keys that somebody has written or is writing are left out. Stops at the first block that finds no room: what
         follows it could not be found without it.
@@ -168,7 +185,7 @@ class Index:
                 self.counts.refused += len(keys) - index
                 break
             deadline_s = math.inf if owner == SERVER else self._clock.monotonic_s() + RESERVATION_S
-            self._reserved[key] = Entry(key, offset, num_bytes, owner, State.RESERVED, deadline_s)
+            self._reserved[key] = Entry(key, offset, num_bytes, owner, State.RESERVED, deadline_s, before=before)
             self.usage.reserved += size
             granted.append((index, offset))
         return granted
@@ -183,6 +200,8 @@ class Index:
             return False
         entry.state, entry.digest = State.READY, digest
         self._ready[key] = self._reserved.pop(key)
+        if entry.before:
+            self._partials[entry.before] += 1
         self.usage.reserved -= aligned(entry.num_bytes)
         self.usage.ready += aligned(entry.num_bytes)
         self.counts.committed += 1
@@ -261,11 +280,18 @@ class Index:
     def _remove(self, entry: Entry) -> None:
         if entry.state is State.READY:
             del self._ready[entry.key]
+            self._forget_partial(entry)
             self._ledger.clear(entry.key)
             self.usage.ready -= aligned(entry.num_bytes)
         else:
             del self._reserved[entry.key]
             self.usage.reserved -= aligned(entry.num_bytes)
+
+    def _forget_partial(self, entry: Entry) -> None:
+        if entry.before:
+            self._partials[entry.before] -= 1
+            if not self._partials[entry.before]:
+                del self._partials[entry.before]
 
     def _take_over(self, line: Line) -> None:
         if not self._ranges.claim(line.offset, aligned(line.num_bytes)):

@@ -89,5 +89,6 @@ class Loader:
         if bad:
             why = "a block in the cache differs from what was stored"
         seconds = self._clock.monotonic_s() - begun_s
-        tiers = dict(Counter(piece.tier for piece in load.pieces))
-        return Loaded(load.request_id, len(load.pieces), num_bytes, seconds, why, bad, tiers)
+        tiers = Counter(piece.tier for piece in load.pieces)
+        tokens = {tier: sum(piece.num_tokens for piece in load.pieces if piece.tier == tier) for tier in tiers}
+        return Loaded(load.request_id, len(load.pieces), num_bytes, seconds, why, bad, dict(tiers), tokens)

@@ -8,14 +8,15 @@ from kvcache.wire import Written
 
 
 class Piece(msgspec.Struct, frozen=True, array_like=True):
-    """One block: its id in the engine, where it lies in the arena, its key; of loads the digest it must have and the
-    tier that had it when it was asked for."""
+    """One block: its id in the engine, where it lies in the arena, its key; of loads the digest it must have, the
+    tier that had it when it was asked for, and how many tokens of it are wanted."""
 
     block_id: int
     offset: int
     key: bytes
     digest: int = 0
     tier: str = ""
+    num_tokens: int = 0
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -46,7 +47,7 @@ class CacheOrders(msgspec.Struct):
 
 class Loaded(msgspec.Struct, frozen=True):
     """One load has ended. why: why it failed, empty if every block is in place and equal; bad: blocks that differed;
-    tiers: blocks by the tier that had them."""
+    tiers, tokens: blocks and tokens by the tier that had them."""
 
     request_id: str
     num_blocks: int
@@ -55,6 +56,12 @@ class Loaded(msgspec.Struct, frozen=True):
     why: str = ""
     bad: list[Written] = []
     tiers: dict[str, int] = {}
+    tokens: dict[str, int] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all tiers."""
+        return sum(self.tokens.values())
 
 
 class Stored(msgspec.Struct, frozen=True):

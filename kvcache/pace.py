@@ -55,6 +55,12 @@ class Pace:
         self._retry_s = now_s + RETRY_S
         return True
 
+    def is_worth_a_block(self, num_tokens: int, block_size: int) -> bool:
+        """Whether one more block is loaded faster than so many of its tokens are computed."""
+        if self._compute is None or self._load is None:
+            return True
+        return self._load * block_size < self._compute * num_tokens
+
 
 def _mean(old: float | None, new: float) -> float:
     return new if old is None else old + WEIGHT * (new - old)

@@ -1,6 +1,7 @@
 """What a request takes from the cache, decided beside the engine's scheduler.
 
     arrive ──▶ ASKED ── answer ──▶ KNOWN ── load ──▶ LOADING ── loaded ──▶ OVER
+                 │ ├─ a partial block may follow ──▶ PARTIAL ── answer, or budget spent ──▶ KNOWN
                  │ └─ some, more is coming ──▶ COMING ── it came, or would take longer than computing ──▶ KNOWN
                  └─ budget spent, server gone ──────────────────────────────▶ OVER   (compute)
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from core.clock import Clock
 from kvcache import wire
@@ -24,6 +26,7 @@ from kvcache.client import CacheClient
 from kvcache.keys import BlockKey, join_keys
 from kvcache.orders import Load, Loaded, Piece
 from kvcache.pace import Pace
+from kvcache.partial import PartialBlocks
 
 SEARCH_BUDGET_S = 0.1
 """How long a request may wait for the answer before it is computed without the cache. A hundred times what it takes."""
@@ -37,29 +40,47 @@ class Stage(enum.Enum):
 
     ASKED = "asked"
     COMING = "coming"
+    PARTIAL = "partial"
     KNOWN = "known"
     LOADING = "loading"
     OVER = "over"
 
 
-_OPEN = (Stage.ASKED, Stage.COMING)
+_OPEN = (Stage.ASKED, Stage.COMING, Stage.PARTIAL)
+
+
+class _Partial(NamedTuple):
+    """A partial block that follows what was found."""
+
+    key: BlockKey
+    slot: wire.Slot
+    num_tokens: int
 
 
 @dataclass
 class _LookUp:
-    """One request's question and what came of it. loaded_s: when its load is likely to have ended (monotonic)."""
+    """One request's question and what came of it. partial_number: of the question for a partial block, 0 if none was
+    asked. loaded_s: when its load is likely to have ended (monotonic)."""
 
     number: int
     epoch: int
     keys: Sequence[BlockKey]
+    partials: PartialBlocks
+    reserves: bool
     asked_s: float
     stage: Stage = Stage.ASKED
     slots: list[wire.Slot] = field(default_factory=list)
     grants: list[wire.Grant] = field(default_factory=list)
     arena_id: str = ""
     num_coming: int = 0
+    partial_number: int = 0
+    partial: _Partial | None = None
     loaded_s: float = 0.0
     is_gone: bool = False
+
+    def key(self, index: int) -> BlockKey:
+        """Of a granted place: one more than the full blocks is the prompt's end."""
+        return self.keys[index] if index < len(self.keys) else self.partials.last
 
 
 class Reader:
@@ -76,13 +97,15 @@ class Reader:
         self._loads: list[Load] = []
         self._late: list[_LookUp] = []
 
-    def arrive(self, request_id: str, keys: Sequence[BlockKey], *, reserve: bool) -> None:
+    def arrive(self, request_id: str, keys: Sequence[BlockKey], partials: PartialBlocks, *, reserve: bool) -> None:
         """A request is new. keys: of its prompt's full blocks; reserve: it will compute those that are not there."""
-        if request_id in self._all or not keys or not self._breaker.allows():
+        if request_id in self._all or not (keys or partials.last) or not self._breaker.allows():
             return
-        number = self._client.search(join_keys(keys), reserve=reserve)
+        number = self._client.search(join_keys(keys), reserve=reserve, partial=partials.last, root=partials.root)
         if number:
-            self._all[request_id] = _LookUp(number, self._client.epoch, keys, self._clock.monotonic_s())
+            self._all[request_id] = _LookUp(
+                number, self._client.epoch, keys, partials, reserve, self._clock.monotonic_s()
+            )
 
     def look_up(self, request_id: str, num_prompt: int, found_tokens: int) -> int | None:
         """How many tokens, after `found_tokens` of the engine's own cache, the arena has; at most all but the last
@@ -92,9 +115,20 @@ class Reader:
             return 0
         if look_up.stage in _OPEN and not self._hear(look_up):
             return None
-        if look_up.stage is not Stage.KNOWN or not look_up.slots or not self.pace.is_worth_loading():
+        if look_up.stage is not Stage.KNOWN or not self.pace.is_worth_loading():
             return 0
-        return max(min(len(look_up.slots) * self._block_size, num_prompt - 1) - found_tokens, 0)
+        full_tokens = len(look_up.slots) * self._block_size
+        if self._wants_partial(look_up, max(found_tokens, full_tokens), num_prompt):
+            assert look_up.partial is not None, "it is wanted"
+            full_tokens += look_up.partial.num_tokens
+        return max(min(full_tokens, num_prompt - 1) - found_tokens, 0)
+
+    def _wants_partial(self, look_up: _LookUp, known_tokens: int, num_prompt: int) -> bool:
+        if look_up.partial is None:
+            return False
+        end_tokens = len(look_up.slots) * self._block_size + look_up.partial.num_tokens
+        gained = min(end_tokens, num_prompt - 1) - known_tokens
+        return gained > 0 and self.pace.is_worth_a_block(gained, self._block_size)
 
     def grants(self, request_id: str) -> list[tuple[BlockKey, int]]:
         """(key, offset) of blocks that the request may store, once; empty before the answer."""
@@ -104,23 +138,31 @@ class Reader:
         if look_up.epoch != self._client.epoch:
             return []
         granted, look_up.grants = look_up.grants, []
-        return [(look_up.keys[grant.index], grant.offset) for grant in granted]
+        return [(look_up.key(grant.index), grant.offset) for grant in granted]
 
     def load(self, request_id: str, block_ids: Sequence[int], found_tokens: int, num_tokens: int) -> bool:
         """The engine has allocated blocks: fill those of tokens [found, found + num) from the arena."""
         look_up = self._all.get(request_id)
         if look_up is None or look_up.stage is not Stage.KNOWN:
             return False
-        first, end = found_tokens // self._block_size, -(-(found_tokens + num_tokens) // self._block_size)
-        pieces = [
-            Piece(block_ids[index], slot.offset, look_up.keys[index], slot.digest, slot.tier)
-            for index, slot in enumerate(look_up.slots[:end])
-            if index >= first
-        ]
+        pieces = self._pieces(look_up, block_ids, found_tokens, found_tokens + num_tokens)
         self._loads.append(Load(request_id, look_up.arena_id, pieces))
         look_up.loaded_s = self._clock.monotonic_s() + (self.pace.load_s(len(pieces) * self._block_size) or 0.0)
         look_up.stage = Stage.LOADING
         return True
+
+    def _pieces(self, look_up: _LookUp, block_ids: Sequence[int], first_token: int, end_token: int) -> list[Piece]:
+        """The blocks with tokens [first, end)."""
+        size = self._block_size
+        slots = list(zip(look_up.keys, look_up.slots, strict=False))
+        if look_up.partial is not None:
+            slots.append((look_up.partial.key, look_up.partial.slot))
+        pieces = []
+        for index in range(first_token // size, -(-end_token // size)):
+            key, slot = slots[index]
+            num_tokens = min(end_token, (index + 1) * size) - max(first_token, index * size)
+            pieces.append(Piece(block_ids[index], slot.offset, key, slot.digest, slot.tier, num_tokens))
+        return pieces
 
     def next_end_s(self) -> float:
         """Seconds until the first of the running loads is likely to end; 0 if that may be now, or none runs."""
@@ -159,10 +201,10 @@ class Reader:
             look_up.is_gone = True
             return
         del self._all[request_id]
-        if look_up.stage in _OPEN:
+        if look_up.stage in (Stage.ASKED, Stage.COMING):
             self._late.append(look_up)
             return
-        if look_up.stage is Stage.KNOWN:
+        if look_up.stage in (Stage.KNOWN, Stage.PARTIAL):
             self._end(look_up)
         self._abandon(look_up)
 
@@ -174,13 +216,17 @@ class Reader:
 
     def _hear(self, look_up: _LookUp) -> bool:
         """Whether the question has ended, with an answer or without."""
+        if look_up.stage is Stage.PARTIAL:
+            return self._hear_partial(look_up)
         answer = self._client.take(look_up.number)
         if isinstance(answer, wire.Found):
             self._breaker.good()
-            look_up.slots, look_up.grants = answer.slots[: len(look_up.keys)], answer.grants
+            look_up.slots, look_up.grants = answer.slots[: len(look_up.keys)], list(answer.grants)
             look_up.arena_id, look_up.num_coming = self._client.arena_id, answer.coming
             look_up.stage = Stage.COMING if answer.coming else Stage.KNOWN
-            return not answer.coming
+            if answer.has_partial:
+                self._ask_partial(look_up)
+            return look_up.stage is Stage.KNOWN
         is_lost = look_up.epoch != self._client.epoch or not self._client.is_connected
         if not is_lost and self._clock.monotonic_s() - look_up.asked_s < self._patience_s(look_up):
             return False
@@ -194,6 +240,36 @@ class Reader:
                 self._breaker.bad()
         return True
 
+    def _ask_partial(self, look_up: _LookUp) -> None:
+        num_blocks = len(look_up.slots)
+        keys = look_up.partials.after(num_blocks)
+        is_end = look_up.reserves and num_blocks == len(look_up.keys) and keys[:1] == [look_up.partials.last]
+        before = look_up.partials.before(num_blocks) if is_end else b""
+        number = self._client.search_partial(join_keys(keys), before) if keys else 0
+        if number:
+            look_up.partial_number, look_up.asked_s = number, self._clock.monotonic_s()
+            look_up.stage = Stage.PARTIAL
+
+    def _hear_partial(self, look_up: _LookUp) -> bool:
+        """Whether that question has ended; without an answer the full blocks are used alone."""
+        answer = self._client.take(look_up.partial_number)
+        num_blocks = len(look_up.slots)
+        if isinstance(answer, wire.Found):
+            keys = look_up.partials.after(num_blocks)
+            look_up.grants += [wire.Grant(len(look_up.keys), grant.offset) for grant in answer.grants]
+            if answer.slots and answer.index < len(keys):
+                num_tokens = look_up.partials.num_tokens(num_blocks, answer.index)
+                look_up.partial = _Partial(keys[answer.index], answer.slots[0], num_tokens)
+        elif look_up.epoch == self._client.epoch and self._client.is_connected:
+            if self._clock.monotonic_s() - look_up.asked_s < self._budget_s:
+                return False
+            self._breaker.bad()
+            self._client.send(wire.Release(look_up.partial_number))
+            if all(grant.index < len(look_up.keys) for grant in look_up.grants):  # a place may come with that answer
+                self._client.send(wire.Abandon(look_up.partials.last))
+        look_up.stage = Stage.KNOWN
+        return True
+
     def _patience_s(self, look_up: _LookUp) -> float:
         if look_up.stage is Stage.ASKED:
             return self._budget_s
@@ -204,6 +280,8 @@ class Reader:
         look_up.stage = Stage.OVER
         if look_up.epoch == self._client.epoch:
             self._client.send(wire.Release(look_up.number))
+            if look_up.partial_number:
+                self._client.send(wire.Release(look_up.partial_number))
 
     def _give_back(self, look_up: _LookUp) -> bool:
         """Of an answer that came too late: its pins and places. True if nothing is left to wait for."""
@@ -222,6 +300,6 @@ class Reader:
     def _abandon(self, look_up: _LookUp) -> None:
         """Gives back places that nobody will write."""
         if look_up.grants and look_up.epoch == self._client.epoch:
-            keys = join_keys(look_up.keys[grant.index] for grant in look_up.grants)
+            keys = join_keys(look_up.key(grant.index) for grant in look_up.grants)
             self._client.send(wire.Abandon(keys))
             look_up.grants = []

@@ -54,21 +54,39 @@ class Grant(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Search(msgspec.Struct, frozen=True, tag=True):
-    """Which prefix of these blocks is there? reserve: and let me write the others. `id` names the pins it takes."""
+    """Which prefix of these blocks is there? reserve: and let me write the others. `id` names the pins it takes.
+
+    partial: key of the partial block that ends the prompt, to be written too; its grant has the index behind the last
+    key. root: what stands for the block before the first.
+    """
 
     id: int
     keys: bytes
     reserve: bool = False
+    partial: bytes = b""
+    root: bytes = b""
+
+
+class SearchPartial(msgspec.Struct, frozen=True, tag=True):
+    """Which is the first of these partial blocks that is there? Tiers below the arena are asked for the first alone.
+    before: the block that they follow; given where the first may be written if none is there."""
+
+    id: int
+    keys: bytes
+    before: bytes = b""
 
 
 class Found(msgspec.Struct, frozen=True, tag=True):
     """The prefix, pinned until Release; and what may be written. coming: so many blocks more are on their way from
-    other tiers, and a second Found follows when they have come."""
+    other tiers, and a second Found follows when they have come. has_partial: a partial block may follow the prefix.
+    index: of SearchPartial, which of its keys the one slot belongs to."""
 
     id: int
     slots: list[Slot] = []
     grants: list[Grant] = []
     coming: int = 0
+    has_partial: bool = False
+    index: int = 0
 
 
 class Reserve(msgspec.Struct, frozen=True, tag=True):
@@ -137,7 +155,7 @@ class Figures(msgspec.Struct, frozen=True, tag=True):
     values: dict[str, float]
 
 
-ToServer = Hello | Search | Reserve | Commit | Abandon | Release | Touch | Bad | Drop | Ask
+ToServer = Hello | Search | SearchPartial | Reserve | Commit | Abandon | Release | Touch | Bad | Drop | Ask
 ToClient = Welcome | Found | Granted | Figures
 
 _encoder = msgspec.msgpack.Encoder()

@@ -42,12 +42,16 @@ class _Place(NamedTuple):
 class _Places:
     """One request's blocks in the arena.
 
-    asked: how many of its keys, from the first, were asked for. question: the one that is open, for the keys of
-    `questioned`, asked at `asked_s`. refused: those that somebody else had or was writing.
+    num_prompt: its prompt's tokens. partial: the key of the partial block at their end, stored when they are computed;
+    its place comes with the look-up or never. asked: how many of its keys, from the first, were asked for.
+    question: the one that is open, for the keys of `questioned`, asked at `asked_s`. refused: those that somebody else
+    had or was writing.
     """
 
     epoch: int
     asked_s: float
+    num_prompt: int
+    partial: BlockKey
     keys: list[BlockKey] = field(default_factory=list)
     asked: int = 0
     question: int = 0
@@ -56,6 +60,7 @@ class _Places:
     ask_again_s: float = 0.0
     pause_s: float = FIRST_PAUSE_S
     granted: dict[int, _Place] = field(default_factory=dict)
+    partial_place: _Place | None = None
 
 
 class Writer:
@@ -69,10 +74,13 @@ class Writer:
         self._stores: list[Store] = []
         self._late: list[_Places] = []
 
-    def arrive(self, request_id: str, keys: Sequence[BlockKey], *, asked: bool) -> None:
-        """A request is new. asked: its look-up has asked for the places of these keys' missing blocks."""
+    def arrive(
+        self, request_id: str, keys: Sequence[BlockKey], num_prompt: int, partial: BlockKey, *, asked: bool
+    ) -> None:
+        """A request with a prompt of so many tokens is new. partial: the key of the partial block at its end, or empty.
+        asked: its look-up has asked for the places of these keys' missing blocks."""
         if request_id not in self._all and self._client.is_connected:
-            places = _Places(self._client.epoch, self._clock.monotonic_s(), list(keys))
+            places = _Places(self._client.epoch, self._clock.monotonic_s(), num_prompt, partial, list(keys))
             places.asked = len(keys) if asked else 0
             self._all[request_id] = places
 
@@ -83,6 +91,8 @@ class Writer:
             at = {key: index for index, key in enumerate(known.keys)}
             deadline_s = known.asked_s + RESERVATION_S - MARGIN_S
             known.granted |= {at[key]: _Place(offset, deadline_s) for key, offset in places if key in at}
+            partial = [offset for key, offset in places if key == known.partial]
+            known.partial_place = _Place(partial[0], deadline_s) if partial else None
 
     def is_due(self, request_id: str, num_tokens: int, num_keys: int) -> bool:
         """Whether `scheduled` has something to do: cheap, for every request of every step."""
@@ -91,6 +101,8 @@ class Writer:
             return False
         num_full = num_tokens // self._block_size
         if places.question or num_keys > places.asked or any(index < num_full for index in places.granted):
+            return True
+        if places.partial_place is not None and num_tokens >= places.num_prompt:
             return True
         return bool(places.refused) and self._clock.monotonic_s() >= places.ask_again_s
 
@@ -106,10 +118,14 @@ class Writer:
         self._expire(places)
         num_full = min(num_tokens // self._block_size, len(keys), len(block_ids))
         ready = sorted(index for index in places.granted if index < num_full)
-        if ready:
-            due = {index: places.granted.pop(index) for index in ready}
-            pieces = [Piece(block_ids[index], place.offset, keys[index]) for index, place in due.items()]
-            deadline_s = min(place.deadline_s for place in due.values())
+        due = [(block_ids[index], places.granted.pop(index), keys[index]) for index in ready]
+        last = places.num_prompt // self._block_size
+        if places.partial_place is not None and num_tokens >= places.num_prompt and last < len(block_ids):
+            due.append((block_ids[last], places.partial_place, places.partial))
+            places.partial_place = None
+        if due:
+            pieces = [Piece(block_id, place.offset, key) for block_id, place, key in due]
+            deadline_s = min(place.deadline_s for _, place, _ in due)
             self._stores.append(Store(request_id, self._client.arena_id, places.epoch, deadline_s, pieces))
         self._ask(places, keys)
 
@@ -143,9 +159,11 @@ class Writer:
         if places.epoch != self._client.epoch:
             return True
         self._hear(places)
-        if places.granted:
-            self._client.send(wire.Abandon(join_keys(places.keys[index] for index in sorted(places.granted))))
-            places.granted = {}
+        unused = [places.keys[index] for index in sorted(places.granted)]
+        unused += [places.partial] if places.partial_place is not None else []
+        if unused:
+            self._client.send(wire.Abandon(join_keys(unused)))
+            places.granted, places.partial_place = {}, None
         return not places.question
 
     def _hear(self, places: _Places) -> None:
@@ -166,6 +184,8 @@ class Writer:
     def _expire(self, places: _Places) -> None:
         """Places that were not filled in time, by a request that waited long: asked for again."""
         now_s = self._clock.monotonic_s()
+        if places.partial_place is not None and now_s >= places.partial_place.deadline_s:
+            places.partial_place = None
         for index in [index for index, place in places.granted.items() if now_s >= place.deadline_s]:
             del places.granted[index]
             places.refused.append(index)

@@ -10,14 +10,16 @@ from kvcache.arena import Arena
 from kvcache.client import CacheClient, fetch_arena
 from kvcache.loader import Loader
 from kvcache.orders import CacheResults, Loaded
+from kvcache.partial import PartialBlocks, root_key
 from kvcache.reader import Reader
 from kvcache.storer import Storer
 from kvcache.writer import Writer
-from tests.kvcache.places import BLOCK_BYTES, LAYERS, Engine, key
+from tests.kvcache.places import BLOCK_BYTES, LAYERS, SPACE, Engine, key
 from tests.poll import until
 from transport.faultpoint import FaultPoint
 
-BLOCK_SIZE = 16
+BLOCK_SIZE = 32
+ROOT = root_key(SPACE, "")
 
 
 class Instance:
@@ -37,22 +39,25 @@ class Instance:
         until(lambda: self.client.is_connected, what="the connection")
         until(lambda: arena.get(self.client.arena_id), what="the arena")
 
-    def arrive(self, request: str, numbers: Sequence[int], *, computes: bool = True) -> int:
-        """Asks for a prompt of these blocks and one token more; returns the tokens that may be loaded."""
+    def arrive(self, request: str, numbers: Sequence[int], tail: Sequence[int] = (0,), *, computes: bool = True) -> int:
+        """Asks for a prompt of these blocks and the tail's tokens; returns the tokens that may be loaded."""
         keys = [key(n) for n in numbers]
-        self.reader.arrive(request, keys, reserve=computes)
-        self.writer.arrive(request, keys, asked=computes)
-        until(lambda: self.look_up(request, numbers) is not None, what="the look-up's end")
-        return self.look_up(request, numbers) or 0
+        token_ids = [n for n in numbers for _ in range(BLOCK_SIZE)] + list(tail)
+        partials = PartialBlocks(ROOT, keys, token_ids, BLOCK_SIZE)
+        self.reader.arrive(request, keys, partials, reserve=computes)
+        self.writer.arrive(request, keys, len(token_ids), partials.last, asked=computes)
+        until(lambda: self.look_up(request, numbers, tail) is not None, what="the look-up's end")
+        return self.look_up(request, numbers, tail) or 0
 
-    def look_up(self, request: str, numbers: Sequence[int]) -> int | None:
-        return self.reader.look_up(request, len(numbers) * BLOCK_SIZE + 1, 0)
+    def look_up(self, request: str, numbers: Sequence[int], tail: Sequence[int] = (0,)) -> int | None:
+        return self.reader.look_up(request, len(numbers) * BLOCK_SIZE + len(tail), 0)
 
-    def compute(self, request: str, numbers: Sequence[int], num_blocks: int) -> int:
-        """One step after which so many blocks are computed; block i lies in the engine's block i. Returns how many
-        were stored."""
+    def compute(self, request: str, numbers: Sequence[int], num_blocks: int, num_more: int = 0) -> int:
+        """One step after which so many blocks and tokens more are computed; block i lies in the engine's block i.
+        Returns how many were stored."""
         self.writer.granted(request, self.reader.grants(request))
-        self.writer.scheduled(request, [key(n) for n in numbers], num_blocks * BLOCK_SIZE, list(range(16)))
+        num_tokens = num_blocks * BLOCK_SIZE + num_more
+        self.writer.scheduled(request, [key(n) for n in numbers], num_tokens, list(range(16)))
         return self.step()
 
     def step(self) -> int:

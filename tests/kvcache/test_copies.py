@@ -159,7 +159,7 @@ def test_a_late_grant_is_used_in_a_later_step_and_blocks_of_the_answer_are_store
     """A decode instance stores what it computes, token by token, although it asks for places only then."""
     a, b = pair
     a.arrive("chat", (), computes=False)
-    a.writer.arrive("chat", [], asked=False)
+    a.writer.arrive("chat", [], 1, b"", asked=False)
     for index, number in enumerate((21, 22)):
         a.engine.fill(index, number)
 
