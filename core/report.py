@@ -12,12 +12,15 @@ from core.handoff import Role
 
 
 class FromCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one tier of the KV cache gave one request, counted by the worker that compared it. seconds: of the copy."""
+    """What one tier of the KV cache gave one request, counted by the worker that compared it. seconds: of the copy.
+    saved_s: what computing the tokens would have taken at this instance's measured pace, less the copy; 0 where that
+    was never measured."""
 
     tier: str
     tokens: int
     num_bytes: int
     seconds: float
+    saved_s: float = 0.0
 
 
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -23,6 +23,7 @@ from kvcache.client import CacheClient, fetch_arena
 from kvcache.keys import BlockKey, block_key, join_keys, namespace, tenant_of
 from kvcache.loader import Loader
 from kvcache.orders import CacheOrders, CacheResults, Loaded
+from kvcache.pace import Pace
 from kvcache.partial import PartialBlocks, root_key
 from kvcache.reader import Reader
 from kvcache.storer import Storer
@@ -43,12 +44,14 @@ def refuse_hash(algorithm: str) -> None:
         )
 
 
-def by_tier(loaded: Loaded) -> list[FromCache]:
+def by_tier(loaded: Loaded, pace: Pace) -> list[FromCache]:
     """What each tier gave of one load."""
     parts = []
     for tier, num_blocks in loaded.tiers.items():
-        share = num_blocks / max(loaded.num_blocks, 1)
-        parts.append(FromCache(tier, loaded.tokens[tier], round(loaded.num_bytes * share), loaded.seconds * share))
+        share, tokens = num_blocks / max(loaded.num_blocks, 1), loaded.tokens[tier]
+        seconds, compute_s = loaded.seconds * share, pace.compute_s(tokens)
+        saved_s = 0.0 if compute_s is None else compute_s - seconds
+        parts.append(FromCache(tier, tokens, round(loaded.num_bytes * share), seconds, saved_s))
     return parts
 
 
@@ -106,6 +109,10 @@ class CacheScheduler:
     def computed(self, num_tokens: int, seconds: float) -> None:
         """A step that computed so many prompt tokens took so long."""
         self._reader.pace.computed(num_tokens, seconds)
+
+    def given(self, loaded: Loaded) -> list[FromCache]:
+        """What one load took from each tier."""
+        return by_tier(loaded, self._reader.pace)
 
     def orders(self) -> CacheOrders:
         """For the step that is about to run."""

@@ -21,7 +21,7 @@ from decode.accounts import Accounts
 from decode.admission import Capacity
 from decode.receiver import Offer, Receiver
 from engine.arrivals import Arrived
-from engine.cache_side import CacheScheduler, by_tier, refuse_hash
+from engine.cache_side import CacheScheduler, refuse_hash
 from engine.correspondence import Correspondence
 from engine.internals import IdleSleep
 from engine.requests import EngineRequests
@@ -203,10 +203,12 @@ class SchedulerSide:
     def _note_arrived(self, arrived: Arrived) -> None:
         """What the cache gave one request, for its record."""
         request_id, known = arrived.request_id, self._requests.get(arrived.request_id)
-        if known is None or known.ticket is None or self._receiver is None or arrived.loaded is None:
+        if known is None or known.ticket is None or self._receiver is None:
+            return
+        if self._cache is None or arrived.loaded is None:
             return
         num_prompt = known.request.num_prompt_tokens
-        parts = by_tier(arrived.loaded)
+        parts = self._cache.given(arrived.loaded)
         if known.sends:
             if not arrived.why_lost:
                 self._sender.loaded(request_id, parts)

@@ -52,6 +52,7 @@ class Client:
 
     def hear(self, message: wire.ToServer) -> None:
         """Does what one message asks for. Raises ProtocolError if it cannot be meant so."""
+        self._index.questions += isinstance(message, wire.Search | wire.SearchPartial | wire.Reserve)
         match message:
             case wire.Search():
                 self._search(message)
@@ -215,6 +216,7 @@ def figures(index: Index, hierarchy: Hierarchy) -> dict[str, float]:
     usage = {f"{name}_bytes": float(value) for name, value in asdict(index.usage).items()}
     counts = {f"{name}_blocks": float(value) for name, value in asdict(index.counts).items()}
     result = {"capacity_bytes": float(index.capacity_bytes), "blocks": float(len(index))} | usage | counts
+    result["questions"] = float(index.questions)
     for level in hierarchy.levels:
         held = level.tier.figures()
         values = {"blocks": held.blocks, "bytes": held.num_bytes, "evicted": held.evicted, "corrupt": held.corrupt}

@@ -106,6 +106,7 @@ class Index:
         self.capacity_bytes = capacity_bytes
         self.counts = Counts()
         self.usage = _Usage()
+        self.questions = 0  # look-ups and wishes of all clients since the server started
         self._ledger = ledger
         self._clock = clock
         self._ranges = Ranges(capacity_bytes)

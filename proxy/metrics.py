@@ -7,7 +7,7 @@ import re
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from core.handoff import Role
-from core.report import Report
+from core.report import FromCache, Report
 
 _MAX_LABELS = 64
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,48}")
@@ -44,6 +44,7 @@ class Metrics:
         )
         self.load = _Load(reg)
         self._handoffs = _Handoffs(reg)
+        self._cache = _Cache(reg)
 
     def not_handed_off(self, why: str) -> None:
         self._handoffs.skipped.labels(self._handoffs.word(why)).inc()
@@ -58,8 +59,7 @@ class Metrics:
             self._handoffs.tokens.labels(source).inc(max(0, tokens - before.get(source, 0)))
         for part in report.from_cache[len(old.from_cache) if old else 0 :]:
             tier = self._handoffs.word(part.tier)
-            self._handoffs.cache_bytes.labels(tier).inc(part.num_bytes)
-            self._handoffs.cache_seconds.labels(tier).inc(part.seconds)
+            self._cache.count(tier, part)
         more_bytes = report.num_bytes - (old.num_bytes if old else 0)
         if more_bytes > 0:
             self._handoffs.num_bytes.labels(self._handoffs.word(report.transport)).inc(more_bytes)
@@ -87,12 +87,6 @@ class _Handoffs:
         self.skipped = Counter(
             "baton_not_handed_off", "Requests for which no hand-off was tried", ["why"], registry=registry
         )
-        self.cache_bytes = Counter(
-            "baton_cache_bytes", "Bytes of KV cache loaded, by tier", ["tier"], registry=registry
-        )
-        self.cache_seconds = Counter(
-            "baton_cache_load_seconds", "Seconds that these loads took", ["tier"], registry=registry
-        )
         for source in _SOURCES:
             self.tokens.labels(source)
 
@@ -103,6 +97,26 @@ class _Handoffs:
             return "other" if word else "none"
         self._words.add(word)
         return word
+
+
+class _Cache:
+    """What requests got from the KV cache, by tier."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._tokens = Counter("baton_cache_tokens", "Prompt tokens loaded, by tier", ["tier"], registry=registry)
+        self._num_bytes = Counter("baton_cache_bytes", "Bytes loaded, by tier", ["tier"], registry=registry)
+        self._seconds = Histogram(
+            "baton_cache_load_seconds", "One request's load", ["tier"], buckets=_SECONDS, registry=registry
+        )
+        self._saved_s = Counter(
+            "baton_cache_saved_seconds", "Prefill not computed, less the loads", ["tier"], registry=registry
+        )
+
+    def count(self, tier: str, part: FromCache) -> None:
+        self._tokens.labels(tier).inc(part.tokens)
+        self._num_bytes.labels(tier).inc(part.num_bytes)
+        self._seconds.labels(tier).observe(part.seconds)
+        self._saved_s.labels(tier).inc(max(part.saved_s, 0.0))
 
 
 class _Load:

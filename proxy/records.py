@@ -195,7 +195,13 @@ def _account(report: Report | None, queued_s: float) -> dict[str, Any] | None:
         "why": report.why,
         "bytes": report.num_bytes,
         "from_cache": [
-            {"tier": part.tier, "tokens": part.tokens, "bytes": part.num_bytes, "ms": part.seconds * 1e3}
+            {
+                "tier": part.tier,
+                "tokens": part.tokens,
+                "bytes": part.num_bytes,
+                "ms": part.seconds * 1e3,
+                "saved_ms": part.saved_s * 1e3,
+            }
             for part in report.from_cache
         ],
         "moments_ms": {name: (at - queued_s) * 1e3 for name, at in report.moments.items()},

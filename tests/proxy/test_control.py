@@ -11,7 +11,7 @@ import pytest
 
 from core.clock import ManualClock
 from core.handoff import Role
-from core.report import Report
+from core.report import FromCache, Report
 from core.topology import Heartbeat
 from proxy.control import _is_loopback
 from proxy.metrics import Metrics
@@ -114,6 +114,32 @@ def test_a_record_tells_the_path_the_tokens_and_the_moments(fleet: Fleet, pair: 
         assert fleet.metric(f'baton_tokens_total{{source="{source}"}}') == tokens
     assert fleet.metric('baton_handoff_bytes_total{transport="shm"}') == 2_000_000
     assert fleet.metric("baton_time_to_first_token_seconds_count") == 1
+
+
+def test_what_the_cache_gave_is_counted_by_tier_and_once(fleet: Fleet, pair: Pair) -> None:
+    answer = fleet.chat()
+    given = [
+        FromCache("host", tokens=128, num_bytes=4096, seconds=0.002, saved_s=1.5),
+        FromCache("disk", tokens=16, num_bytes=512, seconds=0.5, saved_s=-0.25),
+    ]
+    for _ in range(2):
+        report = report_of(pair[1], answer.headers["x-request-id"], prompt_tokens=150, computed=6)
+        fleet.beat(pair[1], msgspec.structs.replace(report, from_cache=given))
+    record = fleet.record(answer)
+    assert record["tokens"]["from_cache"] == 144
+    assert record["decode"]["from_cache"][0] == {
+        "tier": "host",
+        "tokens": 128,
+        "bytes": 4096,
+        "ms": 2,
+        "saved_ms": 1500,
+    }
+    assert fleet.metric('baton_cache_tokens_total{tier="host"}') == 128
+    assert fleet.metric('baton_cache_bytes_total{tier="disk"}') == 512
+    assert fleet.metric('baton_cache_load_seconds_count{tier="disk"}') == 1
+    assert fleet.metric('baton_cache_load_seconds_sum{tier="disk"}') == 0.5
+    assert fleet.metric('baton_cache_saved_seconds_total{tier="host"}') == 1.5
+    assert fleet.metric('baton_cache_saved_seconds_total{tier="disk"}') == 0, "a loss is no saving"
 
 
 def test_tokens_are_never_the_prefill_sides_word(fleet: Fleet, pair: Pair) -> None:
