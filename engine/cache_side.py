@@ -7,12 +7,13 @@ the server and copy loads are `kvcache/`'s own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from core.clock import SystemClock
 from core.errors import UnsupportedError
-from core.handoff import Label
+from core.handoff import Handoff, Label
 from core.layout import KVLayout
 from core.report import FromCache
 from engine.identity import adapter_identity
@@ -73,18 +74,19 @@ class CacheScheduler:
         self._spaces: dict[str, bytes] = {}
         self._unnamed: dict[str, wire.Name] = {}
 
-    def arrived(self, request: Any, *, computes: bool, label: Label | None = None) -> None:
-        """A request is new: ask what is there. computes: this instance will compute what is not. label: names the
-        full blocks of its prompt, wherever they are computed."""
+    def arrived(self, request: Any, *, computes: bool, ticket: Handoff | None = None) -> None:
+        """A request is new: ask what is there. computes: this instance will compute what is not. The ticket's label
+        names the blocks of its prompt, wherever they are computed; its deadline bounds the look-up."""
         request_id = request.request_id
         if request_id in self._keys:
             return
         keys = self._keys_of(request)
         partials = self._partials_of(request, keys)
-        self._reader.arrive(request_id, keys, partials, reserve=computes)
+        within_s = math.inf if ticket is None else ticket.timeout_s
+        self._reader.arrive(request_id, keys, partials, reserve=computes, within_s=within_s)
         self._writer.arrive(request_id, keys, request.num_prompt_tokens, partials.last, asked=computes)
-        if label is not None:
-            self._name(request, label, keys, partials.last)
+        if ticket is not None and ticket.label is not None:
+            self._name(request, ticket.label, keys, partials.last)
 
     def look_up(self, request: Any, found_tokens: int) -> int | None:
         """Tokens to load after those found in the engine's own cache; None: not known yet."""

@@ -15,6 +15,7 @@ Threads: the engine's thread alone.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -33,6 +34,10 @@ SEARCH_BUDGET_S = 0.1
 
 COMING_S = 2.0
 """How long blocks of other tiers may take while nobody knows how long computing them would."""
+
+BUDGET_SHARE = 0.1
+COMING_SHARE = 0.5
+"""Of the time in which a request must be served: for an answer, and for blocks of other tiers."""
 
 
 class Stage(enum.Enum):
@@ -60,7 +65,7 @@ class _Partial(NamedTuple):
 @dataclass
 class _LookUp:
     """One request's question and what came of it. partial_number: of the question for a partial block, 0 if none was
-    asked. loaded_s: when its load is likely to have ended (monotonic)."""
+    asked. within_s: in which the request must be served. loaded_s: when its load has likely ended (monotonic)."""
 
     number: int
     epoch: int
@@ -68,6 +73,7 @@ class _LookUp:
     partials: PartialBlocks
     reserves: bool
     asked_s: float
+    within_s: float = math.inf
     stage: Stage = Stage.ASKED
     slots: list[wire.Slot] = field(default_factory=list)
     grants: list[wire.Grant] = field(default_factory=list)
@@ -97,15 +103,23 @@ class Reader:
         self._loads: list[Load] = []
         self._late: list[_LookUp] = []
 
-    def arrive(self, request_id: str, keys: Sequence[BlockKey], partials: PartialBlocks, *, reserve: bool) -> None:
-        """A request is new. keys: of its prompt's full blocks; reserve: it will compute those that are not there."""
+    def arrive(
+        self,
+        request_id: str,
+        keys: Sequence[BlockKey],
+        partials: PartialBlocks,
+        *,
+        reserve: bool,
+        within_s: float = math.inf,
+    ) -> None:
+        """A request is new. keys: of its prompt's full blocks; reserve: it will compute those that are not there;
+        within_s: its deadline, a share of which it may wait."""
         if request_id in self._all or not (keys or partials.last) or not self._breaker.allows():
             return
         number = self._client.search(join_keys(keys), reserve=reserve, partial=partials.last, root=partials.root)
         if number:
-            self._all[request_id] = _LookUp(
-                number, self._client.epoch, keys, partials, reserve, self._clock.monotonic_s()
-            )
+            now_s = self._clock.monotonic_s()
+            self._all[request_id] = _LookUp(number, self._client.epoch, keys, partials, reserve, now_s, within_s)
 
     def look_up(self, request_id: str, num_prompt: int, found_tokens: int) -> int | None:
         """How many tokens, after `found_tokens` of the engine's own cache, the arena has; at most all but the last
@@ -261,7 +275,7 @@ class Reader:
                 num_tokens = look_up.partials.num_tokens(num_blocks, answer.index)
                 look_up.partial = _Partial(keys[answer.index], answer.slots[0], num_tokens)
         elif look_up.epoch == self._client.epoch and self._client.is_connected:
-            if self._clock.monotonic_s() - look_up.asked_s < self._budget_s:
+            if self._clock.monotonic_s() - look_up.asked_s < self._patience_s(look_up):
                 return False
             self._breaker.bad()
             self._client.send(wire.Release(look_up.partial_number))
@@ -271,10 +285,11 @@ class Reader:
         return True
 
     def _patience_s(self, look_up: _LookUp) -> float:
-        if look_up.stage is Stage.ASKED:
-            return self._budget_s
+        if look_up.stage is not Stage.COMING:
+            return min(self._budget_s, look_up.within_s * BUDGET_SHARE)
         compute_s = self.pace.compute_s(look_up.num_coming * self._block_size)
-        return self._budget_s + (COMING_S if compute_s is None else compute_s)
+        patience_s = self._budget_s + (COMING_S if compute_s is None else compute_s)
+        return min(patience_s, look_up.within_s * COMING_SHARE)
 
     def _end(self, look_up: _LookUp) -> None:
         look_up.stage = Stage.OVER

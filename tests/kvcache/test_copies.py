@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -13,8 +14,9 @@ import pytest
 from core.clock import ManualClock
 from kvcache.client import ask_figures, fetch_arena
 from kvcache.index import RESERVATION_S
-from tests.kvcache.instance import BLOCK_SIZE, Instance
-from tests.kvcache.places import BLOCK_BYTES, Server, serving
+from kvcache.partial import PartialBlocks
+from tests.kvcache.instance import BLOCK_SIZE, ROOT, Instance
+from tests.kvcache.places import BLOCK_BYTES, Server, key, serving
 from tests.poll import until
 from transport.mapping import Mapping
 
@@ -151,6 +153,27 @@ def test_a_hanging_server_costs_each_request_its_budget_until_the_breaker_opens_
     until(hits, 15.0, "a hit after the server has recovered")
     a.writer.take_stores()
     until(lambda: server.figures()["reserved_bytes"] == 0, what="places of requests that did not wait")
+
+
+def test_a_request_with_a_near_deadline_waits_a_tenth_of_it(server: Server) -> None:
+    clock = ManualClock()
+    instance = Instance(server.socket, clock=clock)
+    assert server.process is not None
+    os.kill(server.process.pid, signal.SIGSTOP)
+    try:
+        keys = [key(number) for number in PROMPT]
+        partials = PartialBlocks(ROOT, keys, (), BLOCK_SIZE)
+        for request, within_s in (("near", 0.4), ("far", math.inf)):
+            instance.reader.arrive(request, keys, partials, reserve=True, within_s=within_s)
+        clock.advance(0.03)
+        assert [instance.look_up(request, PROMPT) for request in ("near", "far")] == [None, None]
+        clock.advance(0.02)
+        assert [instance.look_up(request, PROMPT) for request in ("near", "far")] == [0, None]
+        clock.advance(0.06)
+        assert instance.look_up("far", PROMPT) == 0
+    finally:
+        os.kill(server.process.pid, signal.SIGCONT)
+        instance.close()
 
 
 def test_a_late_grant_is_used_in_a_later_step_and_blocks_of_the_answer_are_stored(
