@@ -93,7 +93,9 @@ def _serve(arguments: Sequence[str]) -> int:
     parser.add_argument("--decode-args", type=_words, default=(), metavar='"..."', help="for vLLM, decode instances")
     parser.add_argument("--transport", choices=("auto", "shm", "zmq"), default="auto", help="how KV moves (auto)")
     parser.add_argument(
-        "--cache", metavar="8GiB[,disk=PATH:100GiB][,redis://...]", help="a KV cache that all instances share"
+        "--cache",
+        metavar="8GiB[,disk=PATH:100GiB][,redis://...][,codec=zstd]",
+        help="a KV cache that all instances share",
     )
     parser.add_argument("--start", choices=("fork", "plain"), help="how instances start (fork on CPUs, else plain)")
     return _call("cluster.serve", parser.parse(_joined(arguments)))
@@ -127,7 +129,7 @@ def _cache(arguments: Sequence[str]) -> int:
     parser = _Parser(f"baton cache {name}", description=_CACHE[name], allow_abbrev=False)
     if name == "serve":
         parser.add_argument(
-            "size", metavar="8GiB[,disk=PATH:100GiB][,redis://...]", help="of memory, and further tiers"
+            "size", metavar="8GiB[,disk=PATH:100GiB][,redis://...][,codec=zstd]", help="of memory, and further tiers"
         )
     if name in ("pin", "unpin", "drop"):
         parser.add_argument("label", metavar="LABEL", nargs="?" if name == "drop" else None, help="as `ls` shows it")

@@ -27,6 +27,7 @@ from kvcache.orders import CacheOrders, CacheResults, Loaded
 from kvcache.pace import Pace
 from kvcache.partial import PartialBlocks, root_key
 from kvcache.reader import Reader
+from kvcache.shape import ELEMENT_BYTES, BlockShape
 from kvcache.storer import Storer
 from kvcache.writer import Writer
 from transport.base import Region
@@ -43,6 +44,18 @@ def refuse_hash(algorithm: str) -> None:
             f"--prefix-caching-hash-algo {algorithm}: its hashes differ between processes, so nothing could be shared; "
             f"use {' or '.join(HASHES)}"
         )
+
+
+def shape_of(layout: KVLayout) -> BlockShape | None:
+    """How heads lie in a block; None where that is not known for certain.
+
+    vLLM's CPU attention keeps one head's keys of a block and then its values in one piece each, packed as the
+    processor wants them inside (`isa`).
+    """
+    if not layout.isa or layout.order != "LBHNC" or layout.dtype not in ELEMENT_BYTES:
+        return None
+    shape = BlockShape(layout.dtype, layout.num_layers, layout.block_size * layout.head_size)
+    return shape if layout.block_bytes == 2 * layout.num_kv_heads * shape.head_bytes else None
 
 
 def by_tier(loaded: Loaded, pace: Pace) -> list[FromCache]:
@@ -65,7 +78,8 @@ class CacheScheduler:
         self._fingerprint = layout.fingerprint()
         self._block_size = layout.block_size
         self._hash_algorithm = hash_algorithm
-        hello = wire.Hello(settings.name, boot_id, layout.block_bytes * layout.num_layers)
+        block_bytes = layout.block_bytes * layout.num_layers
+        hello = wire.Hello(settings.name, boot_id, block_bytes, shape=shape_of(layout))
         clock = SystemClock()
         self._client = CacheClient(settings.cache, hello, wake)
         self._reader = Reader(self._client, layout.block_size, clock)

@@ -15,6 +15,7 @@ import uvloop
 from core.clock import SystemClock
 from core.errors import BatonError
 from kvcache.server import CacheServer
+from kvcache.shape import KnownShapes
 from kvcache.spec import SPEC_VARIABLE, CacheSpec
 from kvcache.tiers import make_tier
 
@@ -27,11 +28,11 @@ def main() -> int:
     parser.add_argument("--ledger-fd", type=int, required=True)
     options = parser.parse_args()
     fds = options.arena_fd, options.ledger_fd
-    clock = SystemClock()
+    clock, shapes = SystemClock(), KnownShapes()
     try:
         text = os.environ.get(SPEC_VARIABLE)
-        tiers = [make_tier(tier, clock) for tier in CacheSpec.parse(text).tiers] if text else []
-        uvloop.run(_serve(CacheServer(fds, options.socket, clock, tiers)))
+        tiers = [make_tier(tier, clock, shapes) for tier in CacheSpec.parse(text).tiers] if text else []
+        uvloop.run(_serve(CacheServer(fds, options.socket, clock, tiers, shapes)))
     except BatonError as error:
         print(f"baton cache: {error}", file=sys.stderr)
         return 1

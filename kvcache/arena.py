@@ -108,6 +108,17 @@ class Arena:
         return mapped
 
 
+def block_digest(key: BlockKey, block: memoryview, num_layers: int) -> int:
+    """The digest of a whole block of layers of one size. Raises ValueError if it is no whole number of them."""
+    layer_bytes, rest = divmod(len(block), num_layers)
+    if rest:
+        raise ValueError(f"{len(block)} bytes are no {num_layers} layers")
+    total = key_summand(key)
+    for layer in range(num_layers):
+        total += xxhash.xxh3_64_intdigest(block[layer * layer_bytes : (layer + 1) * layer_bytes], seed=layer + 1)
+    return total & _MASK
+
+
 def key_summand(key: BlockKey) -> int:
     """What binds a block's digest to its key."""
     return xxhash.xxh3_64_intdigest(key)

@@ -44,10 +44,13 @@ class Client:
         why, arena_bytes = "", self._index.capacity_bytes
         if message.version != wire.VERSION:
             why = f"this cache server speaks version {wire.VERSION}, {message.name} {message.version}"
+        elif message.shape is not None and not message.shape.fits(message.block_bytes):
+            why = f"a block of {message.name} has {message.block_bytes} bytes, which is none of its shape"
         elif aligned(message.block_bytes) > arena_bytes:
             why = f"one block of {message.name} has {message.block_bytes} bytes, the whole arena {arena_bytes}"
         else:
             self._block_bytes = message.block_bytes
+            self._hierarchy.shapes.add(message.block_bytes, message.shape)
         self.send(wire.Welcome(arena_id, arena_bytes, why))
 
     def hear(self, message: wire.ToServer) -> None:
@@ -220,6 +223,7 @@ def figures(index: Index, hierarchy: Hierarchy) -> dict[str, float]:
     for level in hierarchy.levels:
         held = level.tier.figures()
         values = {"blocks": held.blocks, "bytes": held.num_bytes, "evicted": held.evicted, "corrupt": held.corrupt}
+        values["encoded_bytes"] = held.encoded_bytes
         values |= asdict(level.counts) | {"bypassed": int(level.is_bypassed)}
         result |= {f"{level.tier.name}_{name}": float(value) for name, value in values.items()}
     return result

@@ -17,9 +17,10 @@ written or removed is busy, and nobody else touches a busy key.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from core.clock import Clock
 from core.errors import ConfigError
@@ -31,6 +32,8 @@ from kvcache.tier import TierError, TierFigures
 STAMP_S = 60.0
 """A block that is in use has its file's time renewed this often: the order of use survives a restart, at the cost of
 one more call per block and minute."""
+
+T = TypeVar("T")
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_SHARE = 2
@@ -74,24 +77,11 @@ class DiskTier:
         A file that is torn, altered or of another size is removed. Raises TierError if the disk cannot be read; a block
         that it cannot read for good (EIO) is forgotten.
         """
-        entry = self._index.use(key)
-        if entry is None:
-            return None
-        with self._trouble_named("read from"):
-            try:
-                digest = self._folder.read(key, into)
-            except FileNotFoundError:  # evicted meanwhile, or removed by somebody else
-                self._forget(entry, Fate.FORGOTTEN)
-                return None
-            except OSError as error:
-                if error.errno == errno.EIO:
-                    self._forget(entry, Fate.CORRUPT)
-                raise
-            if digest is None:
-                self._forget(entry, Fate.CORRUPT)
-            else:
-                self._stamp(entry)
-            return digest
+        return self._read(key, lambda: self._folder.read(key, into))
+
+    def get_whole(self, key: BlockKey, most_bytes: int) -> tuple[int, memoryview] | None:
+        """As `get`, of a block of any size up to most_bytes."""
+        return self._read(key, lambda: self._folder.read_whole(key, most_bytes))
 
     def put(self, key: BlockKey, digest: int, block: memoryview) -> bool:
         """Writes a block (contiguous bytes) with the arena's digest of it, evicting others for it. False if it is
@@ -133,6 +123,27 @@ class DiskTier:
         process once the calls that are under way have ended. May be called again."""
         self._index.close()
         self._unlock_if_drained()
+
+    def _read(self, key: BlockKey, read: Callable[[], T | None]) -> T | None:
+        """What `read` makes of a block's file; None removes it."""
+        entry = self._index.use(key)
+        if entry is None:
+            return None
+        with self._trouble_named("read from"):
+            try:
+                found = read()
+            except FileNotFoundError:  # evicted meanwhile, or removed by somebody else
+                self._forget(entry, Fate.FORGOTTEN)
+                return None
+            except OSError as error:
+                if error.errno == errno.EIO:
+                    self._forget(entry, Fate.CORRUPT)
+                raise
+            if found is None:
+                self._forget(entry, Fate.CORRUPT)
+            else:
+                self._stamp(entry)
+            return found
 
     def _make_room(self, num_bytes: int) -> bool:
         """Claims room. False if all of it is taken by blocks that are being written."""

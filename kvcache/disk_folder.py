@@ -93,6 +93,15 @@ class BlockFolder:
         digest: int = _HEADER.unpack(header)[3]
         return digest if header == _header(key, digest, into) else None
 
+    def read_whole(self, key: BlockKey, most_bytes: int) -> tuple[int, memoryview] | None:
+        """Digest and payload, whatever its size up to most_bytes; otherwise as `read`."""
+        num_bytes = os.stat(self._file(key), follow_symlinks=False).st_size - HEADER_BYTES
+        if not 0 <= num_bytes <= most_bytes:
+            return None
+        block = memoryview(bytearray(num_bytes))
+        digest = self.read(key, block)
+        return None if digest is None else (digest, block)
+
     def write(self, entry: FileEntry, digest: int, block: memoryview) -> None:
         """The whole block under its name, or nothing. One writer per key at a time."""
         header = memoryview(_header(entry.key, digest, block))

@@ -1,6 +1,6 @@
 """Any tier, made unreliable on purpose: slow, hanging, failing, full, forgetful, or wrong by a bit.
 
-Memory model: as the wrapped tier; a flip changes one bit of the memory that `get` was given, never what is stored.
+Memory model: as the wrapped tier; a flip changes one bit of what a get gives, never of what is stored.
 Threading: any method from any thread. Operations (contains, get, put, delete), gets that gave a block, and puts are
 counted from 1 over all threads. Whoever waits in a delay or a hang goes on at once when the tier is closed.
 """
@@ -56,14 +56,18 @@ class FaultyTier:
     def get(self, key: BlockKey, into: memoryview) -> int | None:
         self._meet_faults()
         digest = self.inner.get(key, into)
-        if digest is None:
-            return None
-        with self._lock:
-            self._num_found += 1
-            flips = _is_due(self._num_found, self.faults.flip_every)
-        if flips and len(into):
-            into[len(into) // 2] ^= 1
+        if digest is not None:
+            self._maybe_flip(into)
         return digest
+
+    def get_whole(self, key: BlockKey, most_bytes: int) -> tuple[int, memoryview] | None:
+        self._meet_faults()
+        found = self.inner.get_whole(key, most_bytes)
+        if found is None:
+            return None
+        digest, block = found[0], memoryview(bytearray(found[1]))
+        self._maybe_flip(block)
+        return digest, block
 
     def put(self, key: BlockKey, digest: int, block: memoryview) -> bool:
         self._meet_faults()
@@ -85,6 +89,14 @@ class FaultyTier:
         """Ends every delay and hang, then closes the wrapped tier."""
         self._closed.set()
         self.inner.close()
+
+    def _maybe_flip(self, block: memoryview) -> None:
+        """Of a block that was found."""
+        with self._lock:
+            self._num_found += 1
+            flips = _is_due(self._num_found, self.faults.flip_every)
+        if flips and len(block):
+            block[len(block) // 2] ^= 1
 
     def _meet_faults(self) -> None:
         """Delays, hangs and failures. Raises TierError."""

@@ -23,6 +23,7 @@ from core.clock import Clock
 from kvcache.breaker import Breaker
 from kvcache.index import SERVER, Entry, Index
 from kvcache.keys import BlockKey
+from kvcache.shape import KnownShapes
 from kvcache.tier import Tier, TierError
 from transport.mapping import Mapping
 from transport.regions import view
@@ -96,7 +97,11 @@ class Level:
 class Hierarchy:
     """All tiers below one arena, the nearest first."""
 
-    def __init__(self, tiers: Sequence[Tier], index: Index, arena: Mapping, clock: Clock) -> None:
+    def __init__(
+        self, tiers: Sequence[Tier], index: Index, arena: Mapping, clock: Clock, shapes: KnownShapes | None = None
+    ) -> None:
+        """shapes: told of by clients, asked by tiers that encode."""
+        self.shapes = shapes or KnownShapes()
         self.levels = [Level(tier, clock) for tier in tiers]
         self._index = index
         self._arena = arena

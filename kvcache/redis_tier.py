@@ -120,19 +120,32 @@ class RedisTier:
 
     def get(self, key: BlockKey, into: memoryview) -> int | None:
         """See Tier. Raises TierError if none of the key's servers answers."""
+        found = self._read(key, len(into), len(into))
+        if found is None:
+            return None
+        digest, block = found
+        into[:] = block
+        return digest
+
+    def get_whole(self, key: BlockKey, most_bytes: int) -> tuple[int, memoryview] | None:
+        """See Tier. Raises TierError if none of the key's servers answers."""
+        return self._read(key, 0, most_bytes)
+
+    def _read(self, key: BlockKey, least_bytes: int, most_bytes: int) -> tuple[int, memoryview] | None:
+        """Digest and payload of a block of such a size, from the first server that has it whole."""
         failures = []
         servers = self._servers_of(key)
         for server in servers:
             try:
-                value = server.read(KEY_PREFIX + key, _HEADER.size + len(into) + 1)
+                value = server.read(KEY_PREFIX + key, _HEADER.size + most_bytes + 1)
             except TierError as error:
                 failures.append(str(error))
                 continue
             if value is None:
                 continue
-            digest = _opened(key, value, into)
-            if digest is not None:
-                return digest
+            found = _opened(key, value, least_bytes, most_bytes)
+            if found is not None:
+                return found
             self._discard(server, key)
         if len(failures) == len(servers):
             raise TierError(f"no Redis server of a block answers: {'; '.join(failures)}")
@@ -316,16 +329,15 @@ class Gate:
                 self._breaker.bad()
 
 
-def _opened(key: BlockKey, value: bytes, into: memoryview) -> int | None:
-    """The digest in a value, its payload now in `into`; None if the value is not what was put."""
-    if len(value) != _HEADER.size + len(into):
+def _opened(key: BlockKey, value: bytes, least_bytes: int, most_bytes: int) -> tuple[int, memoryview] | None:
+    """Digest and payload of a value; None if the value is not what was put, or has another size."""
+    if not _HEADER.size + least_bytes <= len(value) <= _HEADER.size + most_bytes:
         return None
     magic, digest, num_bytes, sealed = _HEADER.unpack_from(value)
     block = memoryview(value)[_HEADER.size :]
     if magic != _MAGIC or num_bytes != len(block) or sealed != seal(key, digest, block):
         return None
-    into[:] = block
-    return int(digest)
+    return int(digest), block
 
 
 def _packed(*arguments: bytes) -> bytes:

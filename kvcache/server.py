@@ -29,6 +29,7 @@ from kvcache.hierarchy import Hierarchy
 from kvcache.index import Index
 from kvcache.labels import Labels
 from kvcache.ledger import Ledger, ledger_bytes
+from kvcache.shape import KnownShapes
 from kvcache.tier import Tier
 from transport.mapping import Mapping, make_memfd
 from transport.shm_listener import peer_uid
@@ -56,8 +57,16 @@ class ArenaFds:
 class CacheServer:
     """Serves the arena behind these descriptors on a unix socket at `path`."""
 
-    def __init__(self, fds: tuple[int, int], path: Path, clock: Clock, tiers: Sequence[Tier] = ()) -> None:
-        """fds: of arena and ledger. tiers: below the arena, the nearest first; closed with the server."""
+    def __init__(
+        self,
+        fds: tuple[int, int],
+        path: Path,
+        clock: Clock,
+        tiers: Sequence[Tier] = (),
+        shapes: KnownShapes | None = None,
+    ) -> None:
+        """fds: of arena and ledger. tiers: below the arena, the nearest first; closed with the server. shapes: where
+        those tiers look up how a block lies."""
         self._arena_fd, ledger_fd = fds
         arena_bytes = os.fstat(self._arena_fd).st_size
         self._arena = Mapping(self._arena_fd, arena_bytes)
@@ -68,7 +77,7 @@ class CacheServer:
         self._num_connections = 0
         self.index = Index(arena_bytes, self._ledger, clock)
         self.labels = Labels(self.index, clock)
-        self.hierarchy = Hierarchy(tiers, self.index, self._arena, clock)
+        self.hierarchy = Hierarchy(tiers, self.index, self._arena, clock, shapes)
 
     async def serve(self) -> None:
         """Until it is cancelled. Raises ConfigError if somebody else listens there."""

@@ -1,6 +1,7 @@
 """What `--cache` says, parsed: an arena and the tiers below it, or the socket of a server that runs already.
 
-8GiB,disk=/var/lib/baton:100GiB,redis://10.0.0.5:6379,redis://10.0.0.6:6379
+8GiB,disk=/var/lib/baton:100GiB,codec=zstd,redis://10.0.0.5:6379,redis://10.0.0.6:6379
+│    │                          └─ how the tier before it keeps its blocks
 │    └─ tiers, the nearest first; redis:// words in a row are the servers of one tier
 └─ the arena's size
 """
@@ -12,6 +13,7 @@ import re
 import msgspec
 
 from core.errors import ConfigError
+from kvcache.codecs import check_name
 
 SPEC_VARIABLE = "BATON_CACHE"
 """How a server that was started gets it: not among its arguments, where every user of the host reads passwords."""
@@ -19,20 +21,23 @@ SPEC_VARIABLE = "BATON_CACHE"
 SMALLEST_BYTES = 1 << 20
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _REDIS = ("redis://", "rediss://", "unix://")
+_CODEC = "codec="
 _TIERS = "disk=/FOLDER:SIZE (once) nor redis://HOST:PORT"
 
 
 class DiskSpec(msgspec.Struct, frozen=True):
-    """A folder of blocks."""
+    """A folder of blocks. codec: by its name."""
 
     folder: str
     num_bytes: int
+    codec: str = "raw"
 
 
 class RedisSpec(msgspec.Struct, frozen=True):
-    """Redis or Valkey servers that share the blocks."""
+    """Redis or Valkey servers that share the blocks. codec: by its name."""
 
     urls: tuple[str, ...]
+    codec: str = "raw"
 
 
 TierSpec = DiskSpec | RedisSpec
@@ -54,8 +59,11 @@ class CacheSpec(msgspec.Struct, frozen=True):
             return cls(socket=_socket(first, words), text=text)
         num_bytes = size(first, "a size such as 8GiB, or unix:/path/of/a/cache/server")
         tiers: list[TierSpec] = []
-        for word in words:
-            _add(tiers, word)
+        for before, word in zip([first, *words], words, strict=False):
+            if word.startswith(_CODEC):
+                _encode(tiers, word, before)
+            else:
+                _add(tiers, word, before)
         return cls(num_bytes=num_bytes, tiers=tuple(tiers), text=text)
 
 
@@ -79,10 +87,21 @@ def _socket(first: str, words: list[str]) -> str:
     return path
 
 
-def _add(tiers: list[TierSpec], word: str) -> None:
-    """One word of the list: a tier, or one more server of the tier before it."""
+def _encode(tiers: list[TierSpec], word: str, before: str) -> None:
+    """`codec=NAME`, for the tier before it. before: the word before."""
+    if before.startswith(_CODEC):
+        raise ConfigError(f"--cache: {before},{word}: a tier has one codec")
+    if not tiers:
+        raise ConfigError(f"--cache: {word} stands behind the tier that it is for, and no tier is before it")
+    tiers[-1] = msgspec.structs.replace(tiers[-1], codec=check_name(word.removeprefix(_CODEC)))
+
+
+def _add(tiers: list[TierSpec], word: str, before: str) -> None:
+    """One word of the list: a tier, or one more server of the tier before it. before: the word before."""
     if word.startswith(_REDIS):
         if tiers and isinstance(tiers[-1], RedisSpec):
+            if before.startswith(_CODEC):
+                raise ConfigError(f"--cache: {before} stands behind the last server of its tier; {word} follows it")
             tiers[-1] = RedisSpec((*tiers[-1].urls, word))
         else:
             tiers.append(RedisSpec((word,)))

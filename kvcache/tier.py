@@ -26,12 +26,14 @@ class TierError(BatonError):
 
 
 class TierFigures(msgspec.Struct, frozen=True):
-    """What a tier holds and did. corrupt: blocks that failed their checksum and were removed."""
+    """What a tier holds and did. corrupt: blocks that failed their checksum and were removed. encoded_bytes: what the
+    blocks that were put came to after encoding; 0 without a codec."""
 
     blocks: int = 0
     num_bytes: int = 0
     evicted: int = 0
     corrupt: int = 0
+    encoded_bytes: int = 0
 
 
 class Tier(Protocol):
@@ -46,6 +48,11 @@ class Tier(Protocol):
     def get(self, key: BlockKey, into: memoryview) -> int | None:
         """Fills `into` and returns the arena's digest that was put with it; None if the block is not there, has
         another size, or is not what was put: then it is gone for good, and `into` holds anything."""
+        ...
+
+    def get_whole(self, key: BlockKey, most_bytes: int) -> tuple[int, memoryview] | None:
+        """As `get`, for whoever does not know the size: digest and bytes, which are the caller's; None also if there
+        are more than most_bytes."""
         ...
 
     def put(self, key: BlockKey, digest: int, block: memoryview) -> bool:

@@ -5,12 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 from core.clock import Clock
+from kvcache.codecs import make_codec
+from kvcache.shape import KnownShapes
 from kvcache.spec import DiskSpec, RedisSpec, TierSpec
 from kvcache.tier import Tier
 
 
-def make_tier(spec: TierSpec, clock: Clock) -> Tier:
-    """Raises ConfigError if it cannot be: no such folder, no client library."""
+def make_tier(spec: TierSpec, clock: Clock, shapes: KnownShapes) -> Tier:
+    """shapes: what the server's clients say of their blocks. Raises ConfigError if it cannot be: no such folder, no
+    client library."""
+    if spec.codec == "raw":
+        return _make_plain(spec, clock)
+    from kvcache.encoded import EncodedTier
+
+    codec = make_codec(spec.codec)
+    return EncodedTier(_make_plain(spec, clock), codec, shapes)
+
+
+def _make_plain(spec: TierSpec, clock: Clock) -> Tier:
     match spec:
         case DiskSpec():
             from kvcache.disk import DiskTier

@@ -13,6 +13,7 @@ import struct
 import msgspec
 
 from core.errors import ProtocolError
+from kvcache.shape import BlockShape
 
 VERSION = 2
 """History. 1: Hello, Search, Reserve, Commit, Abandon, Release, Touch, Bad, Drop, Ask.
@@ -23,12 +24,14 @@ LENGTH = struct.Struct("<I")
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
-    """Who connects. block_bytes: of one block over all layers; 0 for one that only asks."""
+    """Who connects. block_bytes: of one block over all layers; 0 for one that only asks. shape: of its blocks, for the
+    codecs that need it; None if it is not known."""
 
     name: str
     boot_id: str
     block_bytes: int = 0
     version: int = VERSION
+    shape: BlockShape | None = None
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):

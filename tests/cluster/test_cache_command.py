@@ -37,12 +37,25 @@ def test_tiers_below_the_arena() -> None:
     assert spec.tiers == (DiskSpec("/mnt/kv", 100 << 30), both)
 
 
+def test_a_codec_belongs_to_the_tier_before_it() -> None:
+    spec = CacheSpec.parse("8GiB,disk=/mnt/kv:100GiB,codec=zstd,redis://a:1,redis://b:2,codec=int8")
+    both = RedisSpec(("redis://a:1", "redis://b:2"), codec="int8")
+    assert spec.tiers == (DiskSpec("/mnt/kv", 100 << 30, codec="zstd"), both)
+    assert CacheSpec.parse("8GiB,disk=/mnt/kv:1GiB,codec=raw").tiers == (DiskSpec("/mnt/kv", 1 << 30),)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("8GiB,disk=kv:1GiB", "neither disk=/FOLDER:SIZE"),
         ("8GiB,tape=/x:1GiB", "neither disk=/FOLDER:SIZE"),
         ("8GiB,disk=/x:lots", "'lots' is not a size such as 100GiB"),
+        ("8GiB,codec=zstd,disk=/x:1GiB", "codec=zstd stands behind the tier that it is for"),
+        ("8GiB,disk=/x:1GiB,codec=gzip", "unknown codec 'gzip'; known: raw, zstd, lz4, fp8"),
+        ("8GiB,disk=/x:1GiB,codec=", "unknown codec ''"),
+        ("8GiB,disk=/x:1GiB,codec=zstd,codec=lz4", "codec=zstd,codec=lz4: a tier has one codec"),
+        ("8GiB,disk=/x:1GiB,codec=raw,codec=raw", "a tier has one codec"),
+        ("8GiB,redis://a,codec=zstd,redis://b", "codec=zstd stands behind the last server of its tier"),
         ("8GiB,disk=/x:/y", "'/y' is not a size such as 100GiB"),
         ("unix:/x,disk=/x:1GiB", "give its socket alone"),
         ("8", "did you mean 8GiB?"),

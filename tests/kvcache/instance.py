@@ -12,6 +12,7 @@ from kvcache.loader import Loader
 from kvcache.orders import CacheResults, Loaded
 from kvcache.partial import PartialBlocks, root_key
 from kvcache.reader import Reader
+from kvcache.shape import BlockShape
 from kvcache.storer import Storer
 from kvcache.writer import Writer
 from tests.kvcache.places import BLOCK_BYTES, LAYERS, SPACE, Engine, key
@@ -25,11 +26,13 @@ ROOT = root_key(SPACE, "")
 class Instance:
     """Scheduler and worker side of one engine over a server's socket."""
 
-    def __init__(self, socket: str, name: str = "engine", clock: Clock | None = None) -> None:
+    def __init__(
+        self, socket: str, name: str = "engine", clock: Clock | None = None, shape: BlockShape | None = None
+    ) -> None:
         clock = clock or SystemClock()
         self.socket = socket
         self.engine = Engine()
-        self.client = CacheClient(socket, wire.Hello(name, "boot", BLOCK_BYTES))
+        self.client = CacheClient(socket, wire.Hello(name, "boot", BLOCK_BYTES, shape=shape))
         self.reader = Reader(self.client, BLOCK_SIZE, clock)
         self.writer = Writer(self.client, BLOCK_SIZE, clock)
         arena = Arena(self.engine.regions, lambda: fetch_arena(socket, name))

@@ -34,16 +34,15 @@ class MemoryTier:
             return next((at for at, key in enumerate(keys) if key not in self.kept), len(keys))
 
     def get(self, key: BlockKey, into: memoryview) -> int | None:
-        with self._lock:
-            kept = self.kept.get(key)
-            if kept is None:
-                return None
-            if len(kept.block) != len(into) or seal(key, kept.digest, kept.block) != kept.sealed:
-                del self.kept[key]
-                self._corrupt += 1
-                return None
-        into[:] = kept.block
-        return kept.digest
+        found = self._read(key, len(into), len(into))
+        if found is None:
+            return None
+        digest, block = found
+        into[:] = block
+        return digest
+
+    def get_whole(self, key: BlockKey, most_bytes: int) -> tuple[int, memoryview] | None:
+        return self._read(key, 0, most_bytes)
 
     def put(self, key: BlockKey, digest: int, block: memoryview) -> bool:
         with self._lock:
@@ -60,6 +59,18 @@ class MemoryTier:
         with self._lock:
             num_bytes = sum(len(kept.block) for kept in self.kept.values())
             return TierFigures(blocks=len(self.kept), num_bytes=num_bytes, corrupt=self._corrupt)
+
+    def _read(self, key: BlockKey, least_bytes: int, most_bytes: int) -> tuple[int, memoryview] | None:
+        with self._lock:
+            kept = self.kept.get(key)
+            if kept is None:
+                return None
+            is_whole = seal(key, kept.digest, kept.block) == kept.sealed
+            if not is_whole or not least_bytes <= len(kept.block) <= most_bytes:
+                del self.kept[key]
+                self._corrupt += 1
+                return None
+        return kept.digest, memoryview(kept.block)
 
     def close(self) -> None:
         """Nothing to do: a test may look at `kept` afterwards."""

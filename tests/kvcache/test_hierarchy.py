@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from kvcache import wire
+from kvcache.client import CacheClient
+from kvcache.shape import BlockShape
 from tests.kvcache.instance import BLOCK_SIZE, Instance
-from tests.kvcache.places import BLOCK_BYTES, Server, serving
+from tests.kvcache.places import BLOCK_BYTES, LAYER_BYTES, LAYERS, Server, serving
 from tests.kvcache.test_redis import RedisServer, needs_server
 from tests.poll import until
 
@@ -17,12 +23,14 @@ def disk_of(folder: Path) -> str:
     return f"disk={folder}/disk:{100 * BLOCK_BYTES}"
 
 
-def store_prompt(server: Server, figure: str = "disk_blocks") -> list[bytes]:
-    """One instance computes PROMPT and ends; returns its blocks once a tier below has them."""
-    instance = Instance(server.socket)
-    assert instance.arrive("first", PROMPT) == 0
-    blocks = [instance.engine.fill(index, number) for index, number in enumerate(PROMPT)]
-    assert instance.compute("first", PROMPT, 3) == 3
+def store_prompt(
+    server: Server, figure: str = "disk_blocks", shape: BlockShape | None = None, prompt: Sequence[int] = PROMPT
+) -> list[bytes]:
+    """One instance computes a prompt and ends; returns its blocks once a tier below has them."""
+    instance = Instance(server.socket, shape=shape)
+    assert instance.arrive("first", prompt) == 0
+    blocks = [instance.engine.fill(index, number) for index, number in enumerate(prompt)]
+    assert instance.compute("first", prompt, 3) == 3
     instance.finish("first")
     until(lambda: server.figures()[figure] == 3, what="the blocks below the arena")
     instance.close()
@@ -44,6 +52,44 @@ def test_after_everything_was_killed_the_disk_still_has_it(tmp_path: Path) -> No
         instance.finish("second")
         until(lambda: server.figures()["reserved_bytes"] == 0, what="the place of block 4")
         instance.close()
+
+
+def test_a_disk_with_a_codec_gives_back_the_same_blocks_from_fewer_bytes(tmp_path: Path) -> None:
+    with serving(tmp_path, ARENA_BYTES, disk_of(tmp_path), "codec=zstd") as server:
+        blocks = store_prompt(server)
+        figures = server.figures()
+        assert 0 < figures["disk_encoded_bytes"] < 0.5 * figures["disk_put_bytes"]
+    with serving(tmp_path, ARENA_BYTES, disk_of(tmp_path), "codec=zstd") as server:
+        instance = Instance(server.socket)
+        assert instance.arrive("second", PROMPT) == 3 * BLOCK_SIZE
+        loaded = instance.load("second", 3 * BLOCK_SIZE, [9, 4, 7])
+        assert (loaded.why, loaded.tiers) == ("", {"disk": 3})
+        assert [instance.engine.block(block_id) for block_id in (9, 4, 7)] == blocks
+        instance.close()
+
+
+def test_a_lossy_disk_says_by_its_name_that_its_blocks_are_not_exact(tmp_path: Path) -> None:
+    shape, prompt = BlockShape("float32", LAYERS, LAYER_BYTES // 4 // 4), (101, 102, 103)
+    with serving(tmp_path, ARENA_BYTES, disk_of(tmp_path), "codec=int8") as server:
+        blocks = store_prompt(server, "disk-int8_blocks", shape, prompt)
+    with serving(tmp_path, ARENA_BYTES, disk_of(tmp_path), "codec=int8") as server:
+        instance = Instance(server.socket)
+        assert instance.arrive("second", prompt) == 3 * BLOCK_SIZE
+        loaded = instance.load("second", 3 * BLOCK_SIZE, [9, 4, 7])
+        assert (loaded.why, loaded.tiers) == ("", {"disk-int8": 3})
+        for block_id, block in zip((9, 4, 7), blocks, strict=True):
+            before, after = (np.frombuffer(part, "<f4") for part in (block, instance.engine.block(block_id)))
+            assert not np.array_equal(before, after)
+            assert np.abs(before - after).max() <= np.abs(before).max() / 250
+        instance.close()
+
+
+def test_a_client_whose_blocks_are_none_of_its_shape_is_refused(tmp_path: Path) -> None:
+    with serving(tmp_path, ARENA_BYTES) as server:
+        client = CacheClient(server.socket, wire.Hello("odd", "boot", BLOCK_BYTES, shape=BlockShape("float32", 5, 7)))
+        until(lambda: client.why_refused, what="the refusal")
+        assert "none of its shape" in client.why_refused
+        client.close()
 
 
 def test_a_flipped_bit_on_the_disk_is_a_miss_and_ends_the_prefix_there(tmp_path: Path) -> None:
