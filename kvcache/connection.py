@@ -26,7 +26,8 @@ MAX_SEARCHES = 256
 
 
 class Client:
-    """One connection. `send` is where answers go; `owner` is its number, which no other has had."""
+    """One connection. `send` is where answers go; `owner` is its number, which no other has had; `more_figures` says
+    what else the server does."""
 
     def __init__(self, index: Index, hierarchy: Hierarchy, labels: Labels, owner: int) -> None:
         self._index = index
@@ -36,6 +37,7 @@ class Client:
         self._block_bytes = 0
         self._searching: dict[int, asyncio.Task[None]] = {}
         self.send: Callable[[wire.ToClient], None] = lambda _: None
+        self.more_figures: Callable[[], dict[str, float]] = dict
 
     def greet(self, message: wire.ToServer, arena_id: str) -> None:
         """Answers the first message. Raises ProtocolError if it is no greeting."""
@@ -64,7 +66,7 @@ class Client:
             case wire.Reserve():
                 self.send(wire.Granted(message.id, self._reserve(_keys(message.keys), 0)))
             case wire.Ask():
-                self.send(wire.Figures(figures(self._index, self._hierarchy) | label_figures(self._labels)))
+                self.send(wire.Figures(self._figures()))
             case wire.AskLabels():
                 self.send(wire.Labels(self._labels.figures()))
             case wire.Pin():
@@ -193,6 +195,9 @@ class Client:
             self.send(wire.Found(lease))
         self._index.release(self._owner, lease)
 
+    def _figures(self) -> dict[str, float]:
+        return figures(self._index, self._hierarchy) | label_figures(self._labels) | self.more_figures()
+
     def _name(self, message: wire.Name) -> None:
         if not self._block_bytes:
             raise ProtocolError("a client without blocks cannot name any")
@@ -224,7 +229,7 @@ def figures(index: Index, hierarchy: Hierarchy) -> dict[str, float]:
         held = level.tier.figures()
         values = {"blocks": held.blocks, "bytes": held.num_bytes, "evicted": held.evicted, "corrupt": held.corrupt}
         values["encoded_bytes"] = held.encoded_bytes
-        values |= asdict(level.counts) | {"bypassed": int(level.is_bypassed)}
+        values |= asdict(level.counts) | {"bypassed": int(level.is_bypassed)} | held.more
         result |= {f"{level.tier.name}_{name}": float(value) for name, value in values.items()}
     return result
 

@@ -32,6 +32,7 @@ class EncodedTier:
 
     def __init__(self, inner: Tier, codec: Codec, shapes: KnownShapes) -> None:
         self.name = inner.name if codec.is_lossless else f"{inner.name}-{codec.name}"
+        self.is_written = inner.is_written
         self._inner = inner
         self._codec = codec
         self._raw = RawCodec()

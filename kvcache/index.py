@@ -15,7 +15,7 @@ from __future__ import annotations
 import enum
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from core.clock import Clock
@@ -100,7 +100,8 @@ class _Usage:
 
 
 class Index:
-    """The blocks of one arena of `capacity_bytes`. Takes over what the ledger still knows."""
+    """The blocks of one arena of `capacity_bytes`. Takes over what the ledger still knows. `on_change` is told of each
+    block that can be found from now on, and of each that cannot any more."""
 
     def __init__(self, capacity_bytes: int, ledger: Ledger, clock: Clock) -> None:
         self.capacity_bytes = capacity_bytes
@@ -116,6 +117,7 @@ class Index:
         self._cooling: list[Entry] = []
         self._partials: Counter[BlockKey] = Counter()
         self._leases: dict[tuple[int, int], Lease] = {}
+        self.on_change: Callable[[BlockKey, bool], None] = lambda key, is_there: None
         for line in ledger.lines():
             self._take_over(line)
 
@@ -209,6 +211,7 @@ class Index:
         self.usage.ready += aligned(entry.num_bytes)
         self.usage.pinned += aligned(entry.num_bytes) if key in self._kept else 0
         self.counts.committed += 1
+        self.on_change(key, True)
         return True
 
     def abandon(self, owner: int, keys: Sequence[BlockKey]) -> None:
@@ -304,6 +307,7 @@ class Index:
             self._ledger.clear(entry.key)
             self.usage.ready -= aligned(entry.num_bytes)
             self.usage.pinned -= aligned(entry.num_bytes) if entry.key in self._kept else 0
+            self.on_change(entry.key, False)
         else:
             del self._reserved[entry.key]
             self.usage.reserved -= aligned(entry.num_bytes)

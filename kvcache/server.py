@@ -8,7 +8,7 @@ arena's and the ledger's descriptors: a restarted server takes both over.
 
 Memory model: arena and ledger are memfds of the starter; the arena's pages are made present in the background, so that
 no engine meets a page fault that must first find memory.
-Threading: one event loop; one thread populates the arena and ends; tiers have threads of their own.
+Threading: one event loop; one thread populates the arena and ends; tiers and peers are served in others.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from kvcache.hierarchy import Hierarchy
 from kvcache.index import Index
 from kvcache.labels import Labels
 from kvcache.ledger import Ledger, ledger_bytes
+from kvcache.peer_server import PeerServer
 from kvcache.shape import KnownShapes
 from kvcache.tier import Tier
 from transport.mapping import Mapping, make_memfd
@@ -64,9 +65,11 @@ class CacheServer:
         clock: Clock,
         tiers: Sequence[Tier] = (),
         shapes: KnownShapes | None = None,
+        listen: str = "",
     ) -> None:
         """fds: of arena and ledger. tiers: below the arena, the nearest first; closed with the server. shapes: where
-        those tiers look up how a block lies."""
+        those tiers look up how a block lies. listen: HOST:PORT where other hosts' servers may ask for blocks, empty for
+        nowhere. Raises ConfigError."""
         self._arena_fd, ledger_fd = fds
         arena_bytes = os.fstat(self._arena_fd).st_size
         self._arena = Mapping(self._arena_fd, arena_bytes)
@@ -78,12 +81,15 @@ class CacheServer:
         self.index = Index(arena_bytes, self._ledger, clock)
         self.labels = Labels(self.index, clock)
         self.hierarchy = Hierarchy(tiers, self.index, self._arena, clock, shapes)
+        self.peer_server = PeerServer(listen, self.index, self._arena, clock) if listen else None
 
     async def serve(self) -> None:
         """Until it is cancelled. Raises ConfigError if somebody else listens there."""
         listener = self._listen()
         threading.Thread(target=self._populate, name="baton-cache-populate", daemon=True).start()
         self.hierarchy.start()
+        if self.peer_server:
+            self.peer_server.start()
         expiring = asyncio.create_task(self._expire())
         try:
             while True:
@@ -95,6 +101,8 @@ class CacheServer:
             self._path.unlink(missing_ok=True)
             for task in list(self._clients):
                 task.cancel()
+            if self.peer_server:
+                self.peer_server.close()
             self.hierarchy.close()
 
     def _listen(self) -> socket.socket:
@@ -128,6 +136,8 @@ class CacheServer:
         """One client, from its descriptor to its end. Its garbage ends this connection and nothing else."""
         writer = None
         client = Client(self.index, self.hierarchy, self.labels, owner)
+        if self.peer_server:
+            client.more_figures = self.peer_server.figures
         try:
             socket.send_fds(connection, [b"b"], [self._arena_fd])
             reader, writer = await asyncio.open_connection(sock=connection, limit=wire.MAX_FRAME_BYTES)

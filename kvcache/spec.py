@@ -1,8 +1,9 @@
 """What `--cache` says, parsed: an arena and the tiers below it, or the socket of a server that runs already.
 
-8GiB,disk=/var/lib/baton:100GiB,codec=zstd,redis://10.0.0.5:6379,redis://10.0.0.6:6379
-│    │                          └─ how the tier before it keeps its blocks
-│    └─ tiers, the nearest first; redis:// words in a row are the servers of one tier
+8GiB,listen=10.0.0.5:7600,peer=10.0.0.6:7600,disk=/var/lib/baton:100GiB,codec=zstd,redis://10.0.0.5:6379
+│    │                    │                                             └─ how the tier before it keeps its blocks
+│    │                    └─ tiers, the nearest first; peer= and redis:// words in a row are the servers of one tier
+│    └─ where peers may ask this arena for blocks
 └─ the arena's size
 """
 
@@ -14,6 +15,7 @@ import msgspec
 
 from core.errors import ConfigError
 from kvcache.codecs import check_name
+from transport.address import is_address
 
 SPEC_VARIABLE = "BATON_CACHE"
 """How a server that was started gets it: not among its arguments, where every user of the host reads passwords."""
@@ -22,7 +24,8 @@ SMALLEST_BYTES = 1 << 20
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _REDIS = ("redis://", "rediss://", "unix://")
 _CODEC = "codec="
-_TIERS = "disk=/FOLDER:SIZE (once) nor redis://HOST:PORT"
+_LISTEN, _PEER = "listen=", "peer="
+_TIERS = "disk=/FOLDER:SIZE (once), redis://HOST:PORT, peer=HOST:PORT nor listen=HOST:PORT (once)"
 
 
 class DiskSpec(msgspec.Struct, frozen=True):
@@ -40,15 +43,22 @@ class RedisSpec(msgspec.Struct, frozen=True):
     codec: str = "raw"
 
 
-TierSpec = DiskSpec | RedisSpec
+class PeersSpec(msgspec.Struct, frozen=True):
+    """Cache servers of other hosts, by the address (HOST:PORT) where they listen to peers."""
+
+    peers: tuple[str, ...]
+
+
+TierSpec = DiskSpec | RedisSpec | PeersSpec
 
 
 class CacheSpec(msgspec.Struct, frozen=True):
-    """A size and tiers, for a server of its own; or a socket."""
+    """A size and tiers, for a server of its own; or a socket. listen: HOST:PORT for peers, empty for none."""
 
     num_bytes: int = 0
     socket: str = ""
     tiers: tuple[TierSpec, ...] = ()
+    listen: str = ""
     text: str = ""
 
     @classmethod
@@ -62,9 +72,9 @@ class CacheSpec(msgspec.Struct, frozen=True):
         for before, word in zip([first, *words], words, strict=False):
             if word.startswith(_CODEC):
                 _encode(tiers, word, before)
-            else:
+            elif not word.startswith(_LISTEN):
                 _add(tiers, word, before)
-        return cls(num_bytes=num_bytes, tiers=tuple(tiers), text=text)
+        return cls(num_bytes=num_bytes, tiers=tuple(tiers), listen=_listen(words), text=text)
 
 
 def size(text: str, wanted: str) -> int:
@@ -93,11 +103,45 @@ def _encode(tiers: list[TierSpec], word: str, before: str) -> None:
         raise ConfigError(f"--cache: {before},{word}: a tier has one codec")
     if not tiers:
         raise ConfigError(f"--cache: {word} stands behind the tier that it is for, and no tier is before it")
+    if isinstance(tiers[-1], PeersSpec):
+        raise ConfigError(f"--cache: {word}: peers give their blocks as they are; a codec is for disk= and redis://")
     tiers[-1] = msgspec.structs.replace(tiers[-1], codec=check_name(word.removeprefix(_CODEC)))
+
+
+def _listen(words: list[str]) -> str:
+    """Where peers may ask, empty where no word says it."""
+    places = [word for word in words if word.startswith(_LISTEN)]
+    if len(places) > 1:
+        raise ConfigError(f"--cache: {places[1]!r} is one too many; peers ask at one address")
+    return _address(places[0].removeprefix(_LISTEN), 0) if places else ""
+
+
+def _address(text: str, lowest_port: int) -> str:
+    """HOST:PORT, checked."""
+    port = text.rpartition(":")[2]
+    is_port = port.isascii() and port.isdecimal() and lowest_port <= int(port) <= 65535
+    if not is_port or not is_address(f"tcp://{text.rpartition(':')[0]}:{max(int(port), 1)}"):
+        raise ConfigError(f"--cache: {text!r} is not HOST:PORT, such as 10.0.0.5:7600 or [fd00::5]:7600")
+    return text
+
+
+def _add_peer(tiers: list[TierSpec], peer: str) -> None:
+    known = [each for tier in tiers if isinstance(tier, PeersSpec) for each in tier.peers]
+    if peer in known:
+        raise ConfigError(f"--cache: the peer {peer} is named twice")
+    if not known:
+        tiers.append(PeersSpec((peer,)))
+    elif isinstance(tiers[-1], PeersSpec):
+        tiers[-1] = PeersSpec((*known, peer))
+    else:
+        raise ConfigError(f"--cache: peer={peer} stands apart from the other peers; name them one after another")
 
 
 def _add(tiers: list[TierSpec], word: str, before: str) -> None:
     """One word of the list: a tier, or one more server of the tier before it. before: the word before."""
+    if word.startswith(_PEER):
+        _add_peer(tiers, _address(word.removeprefix(_PEER), 1))
+        return
     if word.startswith(_REDIS):
         if tiers and isinstance(tiers[-1], RedisSpec):
             if before.startswith(_CODEC):

@@ -27,19 +27,22 @@ class TierError(BatonError):
 
 class TierFigures(msgspec.Struct, frozen=True):
     """What a tier holds and did. corrupt: blocks that failed their checksum and were removed. encoded_bytes: what the
-    blocks that were put came to after encoding; 0 without a codec."""
+    blocks that were put came to after encoding; 0 without a codec. more: what only this kind of tier has to say."""
 
     blocks: int = 0
     num_bytes: int = 0
     evicted: int = 0
     corrupt: int = 0
     encoded_bytes: int = 0
+    more: dict[str, float] = {}
 
 
 class Tier(Protocol):
-    """A place that keeps blocks after the arena has forgotten them."""
+    """A place that keeps blocks after the arena has forgotten them. is_written: whether it takes blocks at all; into
+    one that does not, nothing is put."""
 
     name: str
+    is_written: bool
 
     def contains(self, keys: Sequence[BlockKey]) -> int:
         """How many of the first keys are there, without a gap. May be wrong: `get` decides."""

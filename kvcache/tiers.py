@@ -7,14 +7,14 @@ from pathlib import Path
 from core.clock import Clock
 from kvcache.codecs import make_codec
 from kvcache.shape import KnownShapes
-from kvcache.spec import DiskSpec, RedisSpec, TierSpec
+from kvcache.spec import DiskSpec, PeersSpec, RedisSpec, TierSpec
 from kvcache.tier import Tier
 
 
 def make_tier(spec: TierSpec, clock: Clock, shapes: KnownShapes) -> Tier:
     """shapes: what the server's clients say of their blocks. Raises ConfigError if it cannot be: no such folder, no
     client library."""
-    if spec.codec == "raw":
+    if isinstance(spec, PeersSpec) or spec.codec == "raw":
         return _make_plain(spec, clock)
     from kvcache.encoded import EncodedTier
 
@@ -32,3 +32,7 @@ def _make_plain(spec: TierSpec, clock: Clock) -> Tier:
             from kvcache.redis_tier import RedisTier
 
             return RedisTier(list(spec.urls))
+        case PeersSpec():
+            from kvcache.peers import PeersTier
+
+            return PeersTier(spec.peers, clock)
