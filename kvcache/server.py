@@ -29,6 +29,7 @@ from kvcache.hierarchy import Hierarchy
 from kvcache.index import Index
 from kvcache.labels import Labels
 from kvcache.ledger import Ledger, ledger_bytes
+from kvcache.rules import Rules
 from kvcache.tier import Tier
 from transport.mapping import Mapping, make_memfd
 from transport.shm_listener import peer_uid
@@ -56,8 +57,11 @@ class ArenaFds:
 class CacheServer:
     """Serves the arena behind these descriptors on a unix socket at `path`."""
 
-    def __init__(self, fds: tuple[int, int], path: Path, clock: Clock, tiers: Sequence[Tier] = ()) -> None:
-        """fds: of arena and ledger. tiers: below the arena, the nearest first; closed with the server."""
+    def __init__(
+        self, fds: tuple[int, int], path: Path, clock: Clock, tiers: Sequence[Tier] = (), rules: Rules | None = None
+    ) -> None:
+        """fds: of arena and ledger. tiers: below the arena, the nearest first; closed with the server. rules: what is
+        kept, for how long, for whom."""
         self._arena_fd, ledger_fd = fds
         arena_bytes = os.fstat(self._arena_fd).st_size
         self._arena = Mapping(self._arena_fd, arena_bytes)
@@ -66,7 +70,7 @@ class CacheServer:
         self._path = path
         self._clients: set[asyncio.Task[None]] = set()
         self._num_connections = 0
-        self.index = Index(arena_bytes, self._ledger, clock)
+        self.index = Index(arena_bytes, self._ledger, clock, rules)
         self.labels = Labels(self.index, clock)
         self.hierarchy = Hierarchy(tiers, self.index, self._arena, clock)
 
@@ -86,7 +90,10 @@ class CacheServer:
             self._path.unlink(missing_ok=True)
             for task in list(self._clients):
                 task.cancel()
-            self.hierarchy.close()
+            try:
+                await self.hierarchy.drain()
+            finally:
+                self.hierarchy.close()
 
     def _listen(self) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
