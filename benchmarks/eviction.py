@@ -19,7 +19,7 @@ from core.errors import ConfigError
 from kvcache.keys import KEY_BYTES
 from kvcache.policy import POLICIES, make_policy
 
-SHARES = (0.002, 0.01, 0.05, 0.2, 0.5)
+SHARES = (0.002, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Of all blocks of the trace: how large the arena is."""
 
 

@@ -15,25 +15,23 @@ Threading: the server's event loop; tiers' calls run in a small pool of threads 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 from core.clock import Clock
-from kvcache.breaker import Breaker
 from kvcache.counts import Reason
 from kvcache.index import SERVER, Entry, Index, State
 from kvcache.keys import BlockKey
+from kvcache.level import THREADS_PER_TIER, Level
 from kvcache.ranges import aligned
 from kvcache.rules import Admit, Write
-from kvcache.tier import Tier, TierError
+from kvcache.tier import Tier
 from transport.mapping import Mapping
 from transport.regions import view
 
-THREADS_PER_TIER = 4
 CONTAINS_TIMEOUT_S = 0.25
 GET_TIMEOUT_S = 2.0
 """For one block; a whole prompt's worth is bounded by what its engine is willing to wait."""
@@ -54,66 +52,11 @@ T = TypeVar("T")
 
 
 @dataclass
-class TierCounts:
-    """One tier since the server started, in blocks and bytes."""
-
-    hits: int = 0
-    get_bytes: int = 0
-    get_s: float = 0.0
-    puts: int = 0
-    put_bytes: int = 0
-    dropped: int = 0
-    errors: int = 0
-    uncleared: int = 0
-
-
-@dataclass
 class _Down:
     """One block on its way down, pinned. reason: why it leaves the arena then; None: it stays."""
 
     entry: Entry
     reason: Reason | None
-
-
-class Level:
-    """One tier with its threads and its breaker."""
-
-    def __init__(self, tier: Tier, clock: Clock) -> None:
-        self.tier = tier
-        self.counts = TierCounts()
-        self._breaker = Breaker(clock)
-        self._pool = ThreadPoolExecutor(THREADS_PER_TIER, thread_name_prefix=f"baton-cache-{tier.name}")
-
-    @property
-    def is_bypassed(self) -> bool:
-        return self._breaker.is_open
-
-    def submit(self, call: Callable[[], T]) -> asyncio.Future[T] | None:
-        """Runs one call of the tier in a thread; None while the tier is bypassed."""
-        if not self._breaker.allows():
-            return None
-        return asyncio.get_running_loop().run_in_executor(self._pool, call)
-
-    async def wait(self, future: asyncio.Future[T] | None, timeout_s: float, otherwise: T) -> T:
-        """The call's result; `otherwise` if the tier failed or is late, which counts against it."""
-        if future is None:
-            return otherwise
-        try:
-            result = await asyncio.wait_for(asyncio.shield(future), timeout_s)
-        except Exception as error:  # noqa: BLE001 - a tier's mistake must cost its blocks and not the server
-            if not isinstance(error, TierError | TimeoutError):
-                print(f"tier {self.tier.name}: {type(error).__name__}: {error}", flush=True)
-            self.counts.errors += 1
-            self._breaker.bad()
-            future.add_done_callback(_forget)
-            return otherwise
-        self._breaker.good()
-        return result
-
-    def close(self) -> None:
-        """Without waiting for threads that hang."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        self.tier.close()
 
 
 class Hierarchy:
@@ -124,6 +67,7 @@ class Hierarchy:
         self._index = index
         self._arena = arena
         self._coming: dict[BlockKey, asyncio.Future[bool]] = {}
+        self._unwanted: set[BlockKey] = set()
         self._queue: asyncio.Queue[_Down] = asyncio.Queue()
         self._queued_bytes = 0
         self._putting: dict[BlockKey, asyncio.Future[None]] = {}
@@ -186,13 +130,15 @@ class Hierarchy:
 
     def forget(self, keys: Sequence[BlockKey]) -> None:
         """Blocks that turned out bad, or are not wanted any more, anywhere. They have left the arena."""
-        wanted = list(keys)
-        if self.levels and wanted:
-            self._keep(asyncio.create_task(self._forget(wanted)))
+        forgotten = list(keys)
+        if self.levels and forgotten:
+            self._unwanted.update(key for key in forgotten if key in self._coming)
+            self._keep(asyncio.create_task(self._forget(forgotten)))
 
     def clear(self) -> None:
         """Forgets every block of every tier; the arena was emptied. `num_clearing` says whether it is done."""
         if self.levels:
+            self._unwanted.update(self._coming)
             self.num_clearing += 1
             self._keep(asyncio.create_task(self._clear()))
 
@@ -233,7 +179,9 @@ class Hierarchy:
             digest = await level.wait(future, GET_TIMEOUT_S, None)
         finally:
             self._coming.pop(key, None)
-        if digest is not None and self._index.commit(SERVER, key, offset, digest):
+            is_wanted = key not in self._unwanted
+            self._unwanted.discard(key)
+        if digest is not None and is_wanted and self._index.commit(SERVER, key, offset, digest):
             self._came_up(key)
             level.counts.hits += 1
             level.counts.get_bytes += block_bytes
@@ -375,9 +323,3 @@ class Hierarchy:
 def _cleared(tier: Tier) -> bool:
     tier.clear()
     return True
-
-
-def _forget(future: asyncio.Future[T]) -> None:
-    """Of a call that nobody waits for any more: its error is no news."""
-    if not future.cancelled():
-        future.exception()

@@ -199,3 +199,23 @@ def test_an_engine_that_loads_slower_than_it_computes_stores_nothing_but_a_try_n
     for _ in range(20):
         pace.loaded(100, 0.1)
     assert pace.is_worth_storing()
+
+
+def test_what_is_coming_up_while_it_is_dropped_does_not_come_back(tmp_path: Path) -> None:
+    kept = MemoryTier()
+    tier = FaultyTier(kept, TierFaults())
+    with serving(tmp_path, tier, rules=Rules(ttl_s=60.0), clock=(clock := ManualClock())) as (server, client):
+        store(client, 1)
+        until(lambda: kept.kept, what="the block below")
+        clock.advance(61.0)
+        until(lambda: server.figures()["blocks"] == 0, what="the block to leave the arena")
+        tier.faults = TierFaults(delay_s=0.2)
+        number = client.search(chain(1), reserve=False)
+        coming = answer(client, number)
+        assert isinstance(coming, wire.Found)
+        assert coming.coming == 1
+        assert drop_all(server.socket)["blocks"] == 0
+        last = answer(client, number)
+        assert isinstance(last, wire.Found)
+        assert last.slots == []
+        assert server.figures()["blocks"] == 0
