@@ -26,6 +26,7 @@ from kvcache.loader import Loader
 from kvcache.orders import CacheOrders, CacheResults, Loaded
 from kvcache.pace import Pace
 from kvcache.partial import PartialBlocks, root_key
+from kvcache.prompt import KeyedPrompt
 from kvcache.reader import Reader
 from kvcache.shape import ELEMENT_BYTES, BlockShape
 from kvcache.storer import Storer
@@ -94,13 +95,14 @@ class CacheScheduler:
         request_id = request.request_id
         if request_id in self._keys:
             return
-        keys = self._keys_of(request)
-        partials = self._partials_of(request, keys)
-        within_s = math.inf if ticket is None else ticket.timeout_s
-        self._reader.arrive(request_id, keys, partials, reserve=computes, within_s=within_s)
-        self._writer.arrive(request_id, keys, request.num_prompt_tokens, partials.last, asked=computes)
-        if ticket is not None and ticket.label is not None:
-            self._name(request, ticket.label, keys, partials.last)
+        prompt = self._prompt_of(request, ticket)
+        label = None if ticket is None else ticket.label
+        stores = label is not None or self._reader.pace.is_worth_storing()
+        self._reader.arrive(prompt, reserve=computes and stores)
+        if stores:
+            self._writer.arrive(prompt, asked=computes)
+        if label is not None:
+            self._name(prompt, label)
 
     def look_up(self, request: Any, found_tokens: int) -> int | None:
         """Tokens to load after those found in the engine's own cache; None: not known yet."""
@@ -162,15 +164,26 @@ class CacheScheduler:
         """Hangs up: the server then takes back what is held."""
         self._client.close()
 
-    def _name(self, request: Any, label: Label, keys: Sequence[BlockKey], partial: BlockKey) -> None:
+    def _name(self, prompt: KeyedPrompt, label: Label) -> None:
         """Names the prompt's blocks at the server, now or, where nobody serves now, when the request ends."""
-        num_blocks = min(request.num_prompt_tokens // self._block_size, len(keys))
-        tenant = tenant_of(request.cache_salt)
-        joined = join_keys(keys[:num_blocks]) + partial
-        num_tokens = request.num_prompt_tokens if partial else num_blocks * self._block_size
-        named = wire.Name(label.name, joined, num_tokens, label.ttl_s, label.pin, tenant)
+        num_blocks, partial = prompt.num_tokens // self._block_size, prompt.partials.last
+        keys = prompt.keys[:num_blocks]
+        num_tokens = prompt.num_tokens if partial else len(keys) * self._block_size
+        named = wire.Name(label.name, join_keys(keys) + partial, num_tokens, label.ttl_s, label.pin, prompt.tenant)
         if not self._client.send(named):
-            self._unnamed[request.request_id] = named
+            self._unnamed[prompt.request_id] = named
+
+    def _prompt_of(self, request: Any, ticket: Handoff | None) -> KeyedPrompt:
+        """Without partial blocks if it is more than token ids: what else it is stands in full blocks' hashes alone."""
+        keys = self._keys_of(request)
+        token_ids = request.prompt_token_ids or ()
+        if request.mm_features or request.prompt_embeds is not None:
+            token_ids = ()
+        root = root_key(self._space_of(request.lora_request), request.cache_salt or "")
+        partials = PartialBlocks(root, keys, token_ids, self._block_size)
+        within_s = math.inf if ticket is None else ticket.timeout_s
+        tenant = tenant_of(request.cache_salt)
+        return KeyedPrompt(request.request_id, request.num_prompt_tokens, keys, partials, tenant, within_s)
 
     def _keys_of(self, request: Any) -> list[BlockKey]:
         """Of the request's full blocks, as far as its tokens are known."""
@@ -178,14 +191,6 @@ class CacheScheduler:
         space = self._space_of(request.lora_request)
         keys.extend(block_key(space, bytes(block)) for block in request.block_hashes[len(keys) :])
         return keys
-
-    def _partials_of(self, request: Any, keys: Sequence[BlockKey]) -> PartialBlocks:
-        """None of a prompt that is more than token ids: what else it is stands in the hashes of full blocks alone."""
-        token_ids = request.prompt_token_ids or ()
-        if request.mm_features or request.prompt_embeds is not None:
-            token_ids = ()
-        root = root_key(self._space_of(request.lora_request), request.cache_salt or "")
-        return PartialBlocks(root, keys, token_ids, self._block_size)
 
     def _space_of(self, lora: Any) -> bytes:
         path = lora.lora_path if lora is not None else ""

@@ -33,7 +33,7 @@ def main() -> int:
         text = os.environ.get(SPEC_VARIABLE)
         spec = CacheSpec.parse(text) if text else CacheSpec()
         tiers = [make_tier(tier, clock, shapes) for tier in spec.tiers]
-        uvloop.run(_serve(CacheServer(fds, options.socket, clock, tiers, shapes, spec.listen)))
+        uvloop.run(_serve(CacheServer(fds, options.socket, clock, tiers, shapes, spec)))
     except BatonError as error:
         print(f"baton cache: {error}", file=sys.stderr)
         return 1

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from core.errors import ProtocolError
 from core.handoff import Label
 from kvcache import wire
+from kvcache.counts import Reason
 from kvcache.hierarchy import Hierarchy
 from kvcache.index import Index
 from kvcache.keys import TENANT_BYTES, BlockKey, split_keys
@@ -64,7 +65,7 @@ class Client:
             case wire.SearchPartial():
                 self._search_partial(message)
             case wire.Reserve():
-                self.send(wire.Granted(message.id, self._reserve(_keys(message.keys), 0)))
+                self.send(wire.Granted(message.id, self._reserve(_keys(message.keys), 0, _tenant(message.tenant))))
             case wire.Ask():
                 self.send(wire.Figures(self._figures()))
             case wire.AskLabels():
@@ -94,10 +95,9 @@ class Client:
             case wire.Name():
                 self._name(message)
             case wire.Drop():
-                keys = self._index.keys()
                 self._labels.clear()
-                self._index.drop(keys)
-                self._hierarchy.forget(keys)
+                self._index.drop([entry.key for entry in self._index.entries()])
+                self._hierarchy.clear()
 
     def close(self) -> None:
         """The connection has ended: what it held comes back."""
@@ -107,6 +107,7 @@ class Client:
 
     def _search(self, message: wire.Search) -> None:
         keys = _keys(message.keys)
+        _tenant(message.tenant)
         slots = self._pin(message.id, keys, [])
         rest = keys[len(slots) :]
         if not rest or not self._hierarchy.levels or not self._block_bytes or len(self._searching) >= MAX_SEARCHES:
@@ -126,7 +127,7 @@ class Client:
         origins: list[str] = []
         if levels:
             self.send(wire.Found(message.id, slots, coming=len(levels)))
-            origins = await self._hierarchy.bring_up(rest[: len(levels)], levels, self._block_bytes)
+            origins = await self._hierarchy.bring_up(rest[: len(levels)], levels, self._block_bytes, message.tenant)
         origins = ["host"] * len(slots) + origins
         self._answer(message, keys, self._pin(message.id, keys, origins))
 
@@ -138,13 +139,16 @@ class Client:
     def _answer(self, message: wire.Search, keys: list[BlockKey], slots: list[wire.Slot]) -> None:
         self._index.counts.searched += len(keys)
         self._index.counts.found += len(slots)
-        grants = self._reserve(keys[len(slots) :], len(slots)) if message.reserve else []
+        self._index.use(keys[: len(slots)])
+        self._hierarchy.used(keys[: len(slots)])
+        tenant = _tenant(message.tenant)
+        grants = self._reserve(keys[len(slots) :], len(slots), tenant) if message.reserve else []
         before = keys[len(slots) - 1] if slots else message.root
         has_partial = self._index.has_partial(before)
         if message.partial and len(slots) == len(keys) and self._hierarchy.levels:
             has_partial = True  # that is only likely: its place is granted when SearchPartial has not found it
         elif message.partial and message.reserve:
-            grants += self._reserve(_keys(message.partial), len(keys), keys[-1] if keys else message.root)
+            grants += self._reserve(_keys(message.partial), len(keys), tenant, keys[-1] if keys else message.root)
         self.send(wire.Found(message.id, slots, grants, has_partial=has_partial))
 
     def _search_partial(self, message: wire.SearchPartial) -> None:
@@ -158,7 +162,9 @@ class Client:
 
     async def _search_partial_below(self, message: wire.SearchPartial, keys: list[BlockKey]) -> None:
         levels = await self._hierarchy.find(keys)
-        origins = await self._hierarchy.bring_up(keys, levels, self._block_bytes) if levels else []
+        origins: list[str] = []
+        if levels:
+            origins = await self._hierarchy.bring_up(keys, levels, self._block_bytes, _tenant(message.tenant))
         if not origins or not self._answer_partial(message.id, keys, origins[0]):
             self._answer_no_partial(message, keys)
 
@@ -166,17 +172,19 @@ class Client:
         found = self._index.search_any(self._owner, lease, keys)
         if found is not None:
             index, entry = found
+            self._index.use(keys[index : index + 1])
+            self._hierarchy.used(keys[index : index + 1])
             self.send(wire.Found(lease, [wire.Slot(entry.offset, entry.digest, tier)], index=index))
         return found is not None
 
     def _answer_no_partial(self, message: wire.SearchPartial, keys: list[BlockKey]) -> None:
-        grants = self._reserve(keys, 0, message.before) if message.before else []
+        grants = self._reserve(keys, 0, _tenant(message.tenant), message.before) if message.before else []
         self.send(wire.Found(message.id, grants=grants))
 
-    def _reserve(self, keys: list[BlockKey], first: int, before: BlockKey = b"") -> list[wire.Grant]:
+    def _reserve(self, keys: list[BlockKey], first: int, tenant: bytes, before: BlockKey = b"") -> list[wire.Grant]:
         if not self._block_bytes:
             raise ProtocolError("a client without blocks cannot write any")
-        granted = self._index.reserve(self._owner, keys, self._block_bytes, before)
+        granted = self._index.reserve(self._owner, keys, self._block_bytes, tenant, before)
         return [wire.Grant(first + index, offset) for index, offset in granted]
 
     def _commit(self, message: wire.Commit) -> None:
@@ -184,7 +192,7 @@ class Client:
             if self._index.commit(self._owner, block.key, block.offset, block.digest):
                 entry = self._index.get(block.key)
                 assert entry is not None, "it was committed"
-                self._hierarchy.write_down(entry)
+                self._hierarchy.committed(entry)
         self._index.touch([block.key for block in message.blocks])
 
     def _release(self, lease: int) -> None:
@@ -201,11 +209,9 @@ class Client:
     def _name(self, message: wire.Name) -> None:
         if not self._block_bytes:
             raise ProtocolError("a client without blocks cannot name any")
-        if len(message.tenant) not in (0, TENANT_BYTES):
-            raise ProtocolError(f"{len(message.tenant)} bytes name no tenant")
         label = Label(message.label, message.ttl_s, message.pin)
         keys = tuple(_keys(message.keys))
-        self._labels.name(label, Named(message.tenant, keys, self._block_bytes, message.num_tokens))
+        self._labels.name(label, Named(_tenant(message.tenant), keys, self._block_bytes, message.num_tokens))
 
     def _drop_label(self, message: wire.DropLabel) -> None:
         num_labels, keys = self._labels.drop(message.label, message.tenant)
@@ -223,8 +229,11 @@ def figures(index: Index, hierarchy: Hierarchy) -> dict[str, float]:
     """What `baton cache stats` shows: the arena's, then each tier's with its name in front."""
     usage = {f"{name}_bytes": float(value) for name, value in asdict(index.usage).items()}
     counts = {f"{name}_blocks": float(value) for name, value in asdict(index.counts).items()}
+    counts |= {f"evicted_{reason.value}_blocks": float(index.reasons[reason]) for reason in Reason}
+    counts["dropped_blocks"] = counts.pop("evicted_drop_blocks")
     result = {"capacity_bytes": float(index.capacity_bytes), "blocks": float(len(index))} | usage | counts
     result["questions"] = float(index.questions)
+    result |= {"tenants": float(index.num_tenants), "clearing": float(hierarchy.num_clearing)}
     for level in hierarchy.levels:
         held = level.tier.figures()
         values = {"blocks": held.blocks, "bytes": held.num_bytes, "evicted": held.evicted, "corrupt": held.corrupt}
@@ -245,3 +254,9 @@ def _keys(joined: bytes) -> list[BlockKey]:
         return split_keys(joined)
     except ValueError as error:
         raise ProtocolError(str(error)) from error
+
+
+def _tenant(named: bytes) -> bytes:
+    if len(named) not in (0, TENANT_BYTES):
+        raise ProtocolError(f"{len(named)} bytes name no tenant")
+    return named

@@ -87,6 +87,10 @@ class EncodedTier:
         """Forgets blocks."""
         self._inner.delete(keys)
 
+    def clear(self) -> None:
+        """Forgets every block."""
+        self._inner.clear()
+
     def figures(self) -> TierFigures:
         """As of the tier inside, with what was put here and could not be decoded here."""
         inner = self._inner.figures()

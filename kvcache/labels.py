@@ -22,6 +22,7 @@ import msgspec
 
 from core.clock import Clock
 from core.handoff import Label
+from kvcache.counts import Reason
 from kvcache.index import Index
 from kvcache.keys import BlockKey
 from kvcache.ranges import aligned
@@ -150,7 +151,7 @@ class Labels:
             self._remove(held)
             forgotten += [key for key in held.named.keys if key not in self._names]
         if forgotten:
-            self._index.drop(forgotten)
+            self._index.drop(forgotten, Reason.LABEL)
         return forgotten
 
     def _add(self, held: _Held) -> None:

@@ -96,7 +96,7 @@ class Session:
 
     def subscribe(self) -> None:
         """Everything first, then what changes."""
-        self._untold, self._is_first = self._source.index.keys(), True
+        self._untold, self._is_first = [entry.key for entry in self._source.index.entries()], True
         self._position = self._source.log.end
 
     def announce(self) -> bool:

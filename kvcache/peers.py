@@ -90,6 +90,9 @@ class PeersTier:
     def delete(self, keys: Sequence[BlockKey]) -> None:
         """Nothing: what peers have is theirs."""
 
+    def clear(self) -> None:
+        """Nothing, likewise."""
+
     def figures(self) -> TierFigures:
         """blocks: that the directory knows, each as often as peers have it."""
         connected = sum(link.places is not None for link in self._links.values())

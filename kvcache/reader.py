@@ -15,7 +15,6 @@ Threads: the engine's thread alone.
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from kvcache.client import CacheClient
 from kvcache.keys import BlockKey, join_keys
 from kvcache.orders import Load, Loaded, Piece
 from kvcache.pace import Pace
-from kvcache.partial import PartialBlocks
+from kvcache.prompt import KeyedPrompt
 
 SEARCH_BUDGET_S = 0.1
 """How long a request may wait for the answer before it is computed without the cache. A hundred times what it takes."""
@@ -65,15 +64,13 @@ class _Partial(NamedTuple):
 @dataclass
 class _LookUp:
     """One request's question and what came of it. partial_number: of the question for a partial block, 0 if none was
-    asked. within_s: in which the request must be served. loaded_s: when its load has likely ended (monotonic)."""
+    asked. loaded_s: when its load has likely ended (monotonic)."""
 
     number: int
     epoch: int
-    keys: Sequence[BlockKey]
-    partials: PartialBlocks
+    prompt: KeyedPrompt
     reserves: bool
     asked_s: float
-    within_s: float = math.inf
     stage: Stage = Stage.ASKED
     slots: list[wire.Slot] = field(default_factory=list)
     grants: list[wire.Grant] = field(default_factory=list)
@@ -86,7 +83,7 @@ class _LookUp:
 
     def key(self, index: int) -> BlockKey:
         """Of a granted place: one more than the full blocks is the prompt's end."""
-        return self.keys[index] if index < len(self.keys) else self.partials.last
+        return self.prompt.keys[index] if index < len(self.prompt.keys) else self.prompt.partials.last
 
 
 class Reader:
@@ -103,23 +100,18 @@ class Reader:
         self._loads: list[Load] = []
         self._late: list[_LookUp] = []
 
-    def arrive(
-        self,
-        request_id: str,
-        keys: Sequence[BlockKey],
-        partials: PartialBlocks,
-        *,
-        reserve: bool,
-        within_s: float = math.inf,
-    ) -> None:
-        """A request is new. keys: of its prompt's full blocks; reserve: it will compute those that are not there;
-        within_s: its deadline, a share of which it may wait."""
-        if request_id in self._all or not (keys or partials.last) or not self._breaker.allows():
+    def arrive(self, prompt: KeyedPrompt, *, reserve: bool) -> None:
+        """A request is new. reserve: it will compute and store the blocks that are not there."""
+        request_id = prompt.request_id
+        if request_id in self._all or not (prompt.keys or prompt.partials.last) or not self._breaker.allows():
             return
-        number = self._client.search(join_keys(keys), reserve=reserve, partial=partials.last, root=partials.root)
+        keys, partials = join_keys(prompt.keys), prompt.partials
+        number = self._client.search(
+            keys, reserve=reserve, tenant=prompt.tenant, partial=partials.last, root=partials.root
+        )
         if number:
             now_s = self._clock.monotonic_s()
-            self._all[request_id] = _LookUp(number, self._client.epoch, keys, partials, reserve, now_s, within_s)
+            self._all[request_id] = _LookUp(number, self._client.epoch, prompt, reserve, now_s)
 
     def look_up(self, request_id: str, num_prompt: int, found_tokens: int) -> int | None:
         """How many tokens, after `found_tokens` of the engine's own cache, the arena has; at most all but the last
@@ -168,7 +160,7 @@ class Reader:
     def _pieces(self, look_up: _LookUp, block_ids: Sequence[int], first_token: int, end_token: int) -> list[Piece]:
         """The blocks with tokens [first, end)."""
         size = self._block_size
-        slots = list(zip(look_up.keys, look_up.slots, strict=False))
+        slots = list(zip(look_up.prompt.keys, look_up.slots, strict=False))
         if look_up.partial is not None:
             slots.append((look_up.partial.key, look_up.partial.slot))
         pieces = []
@@ -235,7 +227,7 @@ class Reader:
         answer = self._client.take(look_up.number)
         if isinstance(answer, wire.Found):
             self._breaker.good()
-            look_up.slots, look_up.grants = answer.slots[: len(look_up.keys)], list(answer.grants)
+            look_up.slots, look_up.grants = answer.slots[: len(look_up.prompt.keys)], list(answer.grants)
             look_up.arena_id, look_up.num_coming = self._client.arena_id, answer.coming
             look_up.stage = Stage.COMING if answer.coming else Stage.KNOWN
             if answer.has_partial:
@@ -255,11 +247,11 @@ class Reader:
         return True
 
     def _ask_partial(self, look_up: _LookUp) -> None:
-        num_blocks = len(look_up.slots)
-        keys = look_up.partials.after(num_blocks)
-        is_end = look_up.reserves and num_blocks == len(look_up.keys) and keys[:1] == [look_up.partials.last]
-        before = look_up.partials.before(num_blocks) if is_end else b""
-        number = self._client.search_partial(join_keys(keys), before) if keys else 0
+        num_blocks, prompt = len(look_up.slots), look_up.prompt
+        keys = prompt.partials.after(num_blocks)
+        is_end = num_blocks == len(prompt.keys) and keys[:1] == [prompt.partials.last]
+        before = prompt.partials.before(num_blocks) if is_end and look_up.reserves else b""
+        number = self._client.search_partial(join_keys(keys), before, prompt.tenant) if keys else 0
         if number:
             look_up.partial_number, look_up.asked_s = number, self._clock.monotonic_s()
             look_up.stage = Stage.PARTIAL
@@ -269,27 +261,28 @@ class Reader:
         answer = self._client.take(look_up.partial_number)
         num_blocks = len(look_up.slots)
         if isinstance(answer, wire.Found):
-            keys = look_up.partials.after(num_blocks)
-            look_up.grants += [wire.Grant(len(look_up.keys), grant.offset) for grant in answer.grants]
+            keys = look_up.prompt.partials.after(num_blocks)
+            look_up.grants += [wire.Grant(len(look_up.prompt.keys), grant.offset) for grant in answer.grants]
             if answer.slots and answer.index < len(keys):
-                num_tokens = look_up.partials.num_tokens(num_blocks, answer.index)
+                num_tokens = look_up.prompt.partials.num_tokens(num_blocks, answer.index)
                 look_up.partial = _Partial(keys[answer.index], answer.slots[0], num_tokens)
         elif look_up.epoch == self._client.epoch and self._client.is_connected:
             if self._clock.monotonic_s() - look_up.asked_s < self._patience_s(look_up):
                 return False
             self._breaker.bad()
             self._client.send(wire.Release(look_up.partial_number))
-            if all(grant.index < len(look_up.keys) for grant in look_up.grants):  # a place may come with that answer
-                self._client.send(wire.Abandon(look_up.partials.last))
+            num_keys = len(look_up.prompt.keys)
+            if all(grant.index < num_keys for grant in look_up.grants):  # else a place may come with that answer
+                self._client.send(wire.Abandon(look_up.prompt.partials.last))
         look_up.stage = Stage.KNOWN
         return True
 
     def _patience_s(self, look_up: _LookUp) -> float:
         if look_up.stage is not Stage.COMING:
-            return min(self._budget_s, look_up.within_s * BUDGET_SHARE)
+            return min(self._budget_s, look_up.prompt.within_s * BUDGET_SHARE)
         compute_s = self.pace.compute_s(look_up.num_coming * self._block_size)
         patience_s = self._budget_s + (COMING_S if compute_s is None else compute_s)
-        return min(patience_s, look_up.within_s * COMING_SHARE)
+        return min(patience_s, look_up.prompt.within_s * COMING_SHARE)
 
     def _end(self, look_up: _LookUp) -> None:
         look_up.stage = Stage.OVER

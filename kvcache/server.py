@@ -31,6 +31,7 @@ from kvcache.labels import Labels
 from kvcache.ledger import Ledger, ledger_bytes
 from kvcache.peer_server import PeerServer
 from kvcache.shape import KnownShapes
+from kvcache.spec import CacheSpec
 from kvcache.tier import Tier
 from transport.mapping import Mapping, make_memfd
 from transport.shm_listener import peer_uid
@@ -65,11 +66,12 @@ class CacheServer:
         clock: Clock,
         tiers: Sequence[Tier] = (),
         shapes: KnownShapes | None = None,
-        listen: str = "",
+        spec: CacheSpec | None = None,
     ) -> None:
         """fds: of arena and ledger. tiers: below the arena, the nearest first; closed with the server. shapes: where
-        those tiers look up how a block lies. listen: HOST:PORT where other hosts' servers may ask for blocks, empty for
-        nowhere. Raises ConfigError."""
+        those tiers look up how a block lies. spec: its rules, and where other hosts' servers may ask for blocks. Raises
+        ConfigError."""
+        spec = spec or CacheSpec()
         self._arena_fd, ledger_fd = fds
         arena_bytes = os.fstat(self._arena_fd).st_size
         self._arena = Mapping(self._arena_fd, arena_bytes)
@@ -78,10 +80,10 @@ class CacheServer:
         self._path = path
         self._clients: set[asyncio.Task[None]] = set()
         self._num_connections = 0
-        self.index = Index(arena_bytes, self._ledger, clock)
+        self.index = Index(arena_bytes, self._ledger, clock, spec.rules)
         self.labels = Labels(self.index, clock)
         self.hierarchy = Hierarchy(tiers, self.index, self._arena, clock, shapes)
-        self.peer_server = PeerServer(listen, self.index, self._arena, clock) if listen else None
+        self.peer_server = PeerServer(spec.listen, self.index, self._arena, clock) if spec.listen else None
 
     async def serve(self) -> None:
         """Until it is cancelled. Raises ConfigError if somebody else listens there."""
@@ -103,7 +105,10 @@ class CacheServer:
                 task.cancel()
             if self.peer_server:
                 self.peer_server.close()
-            self.hierarchy.close()
+            try:
+                await self.hierarchy.drain()
+            finally:
+                self.hierarchy.close()
 
     def _listen(self) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

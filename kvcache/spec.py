@@ -1,6 +1,8 @@
 """What `--cache` says, parsed: an arena and the tiers below it, or the socket of a server that runs already.
 
-8GiB,listen=10.0.0.5:7600,peer=10.0.0.6:7600,disk=/var/lib/baton:100GiB,codec=zstd,redis://10.0.0.5:6379
+8GiB,listen=10.0.0.5:7600,peer=10.0.0.6:7600,disk=/var/lib/baton:100GiB,codec=zstd,redis://10.0.0.5:6379,ttl=1h
+│    │                    │                                             │                                 └─ rules,
+│    │                    │                                             │                     anywhere after the size
 │    │                    │                                             └─ how the tier before it keeps its blocks
 │    │                    └─ tiers, the nearest first; peer= and redis:// words in a row are the servers of one tier
 │    └─ where peers may ask this arena for blocks
@@ -14,7 +16,9 @@ import re
 import msgspec
 
 from core.errors import ConfigError
+from kvcache import rules
 from kvcache.codecs import check_name
+from kvcache.rules import Rules
 from transport.address import is_address
 
 SPEC_VARIABLE = "BATON_CACHE"
@@ -53,12 +57,13 @@ TierSpec = DiskSpec | RedisSpec | PeersSpec
 
 
 class CacheSpec(msgspec.Struct, frozen=True):
-    """A size and tiers, for a server of its own; or a socket. listen: HOST:PORT for peers, empty for none."""
+    """A size, tiers and rules, for a server of its own; or a socket. listen: HOST:PORT for peers, empty for none."""
 
     num_bytes: int = 0
     socket: str = ""
     tiers: tuple[TierSpec, ...] = ()
     listen: str = ""
+    rules: Rules = Rules()
     text: str = ""
 
     @classmethod
@@ -68,13 +73,15 @@ class CacheSpec(msgspec.Struct, frozen=True):
         if first.startswith("unix:") or "/" in first:
             return cls(socket=_socket(first, words), text=text)
         num_bytes = size(first, "a size such as 8GiB, or unix:/path/of/a/cache/server")
+        options, words = _options_of(words)
         tiers: list[TierSpec] = []
         for before, word in zip([first, *words], words, strict=False):
             if word.startswith(_CODEC):
                 _encode(tiers, word, before)
             elif not word.startswith(_LISTEN):
                 _add(tiers, word, before)
-        return cls(num_bytes=num_bytes, tiers=tuple(tiers), listen=_listen(words), text=text)
+        chosen = _rules_of(options, has_tiers=bool(tiers))
+        return cls(num_bytes=num_bytes, tiers=tuple(tiers), listen=_listen(words), rules=chosen, text=text)
 
 
 def size(text: str, wanted: str) -> int:
@@ -95,6 +102,36 @@ def _socket(first: str, words: list[str]) -> str:
     if words:
         raise ConfigError(f"--cache {first}: a server that runs already has its tiers; give its socket alone")
     return path
+
+
+def _options_of(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The words that are rules, by option, and the others in their order."""
+    options: dict[str, str] = {}
+    others = []
+    for word in words:
+        option, _, value = word.partition("=")
+        if option not in rules.WORDS:
+            others.append(word)
+        elif option in options:
+            raise ConfigError(f"--cache: {option}= stands there twice, with {options[option]} and {value}")
+        else:
+            options[option] = value
+    return options, others
+
+
+def _rules_of(options: dict[str, str], *, has_tiers: bool) -> Rules:
+    for option in ("write", "admit"):
+        if option in options and not has_tiers:
+            raise ConfigError(
+                f"--cache: {option}={options[option]} is for the tiers below the arena, and there is none"
+            )
+    return Rules(
+        policy=rules.policy_named(options.get("policy", "lru")),
+        ttl_s=rules.duration_s(options["ttl"]) if "ttl" in options else 0.0,
+        quota_bytes=size(options["quota"], "a size such as 2GiB, for each tenant") if "quota" in options else 0,
+        write=rules.write_named(options.get("write", "through")),
+        admit=rules.admit_named(options.get("admit", "all")),
+    )
 
 
 def _encode(tiers: list[TierSpec], word: str, before: str) -> None:
@@ -153,5 +190,5 @@ def _add(tiers: list[TierSpec], word: str, before: str) -> None:
     folder, _, num_bytes = word.removeprefix("disk=").rpartition(":")
     is_second = any(isinstance(tier, DiskSpec) for tier in tiers)
     if not word.startswith("disk=") or not folder.startswith("/") or is_second:
-        raise ConfigError(f"--cache: {word!r} is neither {_TIERS}")
+        raise ConfigError(f"--cache: {word!r} is neither {_TIERS} nor one of {', '.join(rules.WORDS)}=...")
     tiers.append(DiskSpec(folder, size(num_bytes, "a size such as 100GiB")))

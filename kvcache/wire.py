@@ -17,7 +17,7 @@ from kvcache.shape import BlockShape
 
 VERSION = 2
 """History. 1: Hello, Search, Reserve, Commit, Abandon, Release, Touch, Bad, Drop, Ask.
-2: labels (Name, Pin, DropLabel, AskLabels); partial blocks (SearchPartial)."""
+2: labels (Name, Pin, DropLabel, AskLabels); partial blocks (SearchPartial); tenants in Search and Reserve."""
 
 MAX_FRAME_BYTES = 16 << 20
 LENGTH = struct.Struct("<I")
@@ -61,7 +61,7 @@ class Search(msgspec.Struct, frozen=True, tag=True):
     """Which prefix of these blocks is there? reserve: and let me write the others. `id` names the pins it takes.
 
     partial: key of the partial block that ends the prompt, to be written too; its grant has the index behind the last
-    key. root: what stands for the block before the first.
+    key. root: what stands for the block before the first. tenant: on whose account (keys.tenant_of).
     """
 
     id: int
@@ -69,6 +69,7 @@ class Search(msgspec.Struct, frozen=True, tag=True):
     reserve: bool = False
     partial: bytes = b""
     root: bytes = b""
+    tenant: bytes = b""
 
 
 class SearchPartial(msgspec.Struct, frozen=True, tag=True):
@@ -78,6 +79,7 @@ class SearchPartial(msgspec.Struct, frozen=True, tag=True):
     id: int
     keys: bytes
     before: bytes = b""
+    tenant: bytes = b""
 
 
 class Found(msgspec.Struct, frozen=True, tag=True):
@@ -94,10 +96,11 @@ class Found(msgspec.Struct, frozen=True, tag=True):
 
 
 class Reserve(msgspec.Struct, frozen=True, tag=True):
-    """Let me write these."""
+    """Let me write these. tenant: as Search's."""
 
     id: int
     keys: bytes
+    tenant: bytes = b""
 
 
 class Granted(msgspec.Struct, frozen=True, tag=True):

@@ -23,6 +23,7 @@ from kvcache.client import CacheClient
 from kvcache.index import RESERVATION_S
 from kvcache.keys import BlockKey, join_keys
 from kvcache.orders import Piece, Store, Stored
+from kvcache.prompt import KeyedPrompt
 
 MARGIN_S = 10.0
 """How long before a reservation's end its place is not written any more."""
@@ -45,13 +46,14 @@ class _Places:
     num_prompt: its prompt's tokens. partial: the key of the partial block at their end, stored when they are computed;
     its place comes with the look-up or never. asked: how many of its keys, from the first, were asked for.
     question: the one that is open, for the keys of `questioned`, asked at `asked_s`. refused: those that somebody else
-    had or was writing.
+    had or was writing. tenant: on whose account.
     """
 
     epoch: int
     asked_s: float
     num_prompt: int
     partial: BlockKey
+    tenant: bytes
     keys: list[BlockKey] = field(default_factory=list)
     asked: int = 0
     question: int = 0
@@ -74,15 +76,13 @@ class Writer:
         self._stores: list[Store] = []
         self._late: list[_Places] = []
 
-    def arrive(
-        self, request_id: str, keys: Sequence[BlockKey], num_prompt: int, partial: BlockKey, *, asked: bool
-    ) -> None:
-        """A request with a prompt of so many tokens is new. partial: the key of the partial block at its end, or empty.
-        asked: its look-up has asked for the places of these keys' missing blocks."""
-        if request_id not in self._all and self._client.is_connected:
-            places = _Places(self._client.epoch, self._clock.monotonic_s(), num_prompt, partial, list(keys))
-            places.asked = len(keys) if asked else 0
-            self._all[request_id] = places
+    def arrive(self, prompt: KeyedPrompt, *, asked: bool) -> None:
+        """A request is new. asked: its look-up has asked for the places of the prompt's missing blocks."""
+        if prompt.request_id not in self._all and self._client.is_connected:
+            now_s, partial = self._clock.monotonic_s(), prompt.partials.last
+            places = _Places(self._client.epoch, now_s, prompt.num_tokens, partial, prompt.tenant, list(prompt.keys))
+            places.asked = len(prompt.keys) if asked else 0
+            self._all[prompt.request_id] = places
 
     def granted(self, request_id: str, places: Sequence[tuple[BlockKey, int]]) -> None:
         """The look-up's answer."""
@@ -202,7 +202,7 @@ class Writer:
             wanted = [*places.refused, *wanted]
         if not wanted:
             return
-        places.question = self._client.reserve(join_keys(keys[index] for index in wanted))
+        places.question = self._client.reserve(join_keys(keys[index] for index in wanted), places.tenant)
         if places.question:
             places.questioned, places.asked, places.asked_s = wanted, len(keys), now_s
             places.refused = [index for index in places.refused if index not in wanted]

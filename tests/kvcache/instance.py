@@ -11,6 +11,7 @@ from kvcache.client import CacheClient, fetch_arena
 from kvcache.loader import Loader
 from kvcache.orders import CacheResults, Loaded
 from kvcache.partial import PartialBlocks, root_key
+from kvcache.prompt import KeyedPrompt
 from kvcache.reader import Reader
 from kvcache.shape import BlockShape
 from kvcache.storer import Storer
@@ -47,8 +48,9 @@ class Instance:
         keys = [key(n) for n in numbers]
         token_ids = [n for n in numbers for _ in range(BLOCK_SIZE)] + list(tail)
         partials = PartialBlocks(ROOT, keys, token_ids, BLOCK_SIZE)
-        self.reader.arrive(request, keys, partials, reserve=computes)
-        self.writer.arrive(request, keys, len(token_ids), partials.last, asked=computes)
+        prompt = KeyedPrompt(request, len(token_ids), keys, partials)
+        self.reader.arrive(prompt, reserve=computes)
+        self.writer.arrive(prompt, asked=computes)
         until(lambda: self.look_up(request, numbers, tail) is not None, what="the look-up's end")
         return self.look_up(request, numbers, tail) or 0
 

@@ -15,6 +15,7 @@ from core.clock import ManualClock
 from kvcache.client import ask_figures, fetch_arena
 from kvcache.index import RESERVATION_S
 from kvcache.partial import PartialBlocks
+from kvcache.prompt import KeyedPrompt
 from tests.kvcache.instance import BLOCK_SIZE, ROOT, Instance
 from tests.kvcache.places import BLOCK_BYTES, Server, key, serving
 from tests.poll import until
@@ -164,7 +165,8 @@ def test_a_request_with_a_near_deadline_waits_a_tenth_of_it(server: Server) -> N
         keys = [key(number) for number in PROMPT]
         partials = PartialBlocks(ROOT, keys, (), BLOCK_SIZE)
         for request, within_s in (("near", 0.4), ("far", math.inf)):
-            instance.reader.arrive(request, keys, partials, reserve=True, within_s=within_s)
+            prompt = KeyedPrompt(request, len(PROMPT) * BLOCK_SIZE + 1, keys, partials, within_s=within_s)
+            instance.reader.arrive(prompt, reserve=True)
         clock.advance(0.03)
         assert [instance.look_up(request, PROMPT) for request in ("near", "far")] == [None, None]
         clock.advance(0.02)
@@ -182,7 +184,7 @@ def test_a_late_grant_is_used_in_a_later_step_and_blocks_of_the_answer_are_store
     """A decode instance stores what it computes, token by token, although it asks for places only then."""
     a, b = pair
     a.arrive("chat", (), computes=False)
-    a.writer.arrive("chat", [], 1, b"", asked=False)
+    a.writer.arrive(KeyedPrompt("chat", 1, [], PartialBlocks(ROOT, [], (), BLOCK_SIZE)), asked=False)
     for index, number in enumerate((21, 22)):
         a.engine.fill(index, number)
 

@@ -37,6 +37,7 @@ class Stage:
 
     def only_below(self) -> None:
         """PROMPT is stored; then the arena is filled with other blocks until only the tier below has it."""
+        budget_s, self.instance.reader._budget_s = self.instance.reader._budget_s, 5.0  # also on a busy machine
         self.store()
         until(lambda: len(self.kept.kept) == len(PROMPT), what="the blocks below")
         for number in range(100, 100 + ARENA_BYTES // BLOCK_BYTES):
@@ -45,6 +46,7 @@ class Stage:
             self.instance.finish(f"fill{number}")
             until(lambda number=number: key(number) in self.kept.kept, what="the block below")  # type: ignore[misc]
         self.kept.delete([key(number) for number in range(100, 200)])
+        self.instance.reader._budget_s = budget_s
 
     def wanted(self, request: str) -> int:
         """Asks for PROMPT; returns the tokens that may be loaded."""
