@@ -49,14 +49,13 @@ class MappedArena:
         return self._layer_offsets[-1]
 
     def write_layer(self, layer: int, block_id: int, offset: int) -> int:
-        """Copies one layer of a block into its slot; returns its summand of the digest. Raises TransferError for a
-        slot outside the arena."""
+        """Copies one layer of a block into its slot; returns the summand of the digest of what arrived there. Raises
+        TransferError for a slot outside the arena."""
         region = self._regions[layer]
         source = region.address + block_id * region.stride
         target = self._at(offset) + self._layer_offsets[layer]
-        summand = xxhash.xxh3_64_intdigest(view(source, region.block_bytes), seed=layer + 1)
-        ctypes.memmove(target, source, region.block_bytes)
-        return summand
+        ctypes.memmove(target, source, region.block_bytes)  # first: 0.77 of a memcpy's speed, hashed first 0.73
+        return xxhash.xxh3_64_intdigest(view(target, region.block_bytes), seed=layer + 1)
 
     def read_block(self, block_id: int, offset: int, key: BlockKey) -> int:
         """Copies a slot into a block of the engine; returns the digest of what has arrived there. Raises
