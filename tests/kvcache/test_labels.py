@@ -196,7 +196,7 @@ def test_labels_survive_their_server_and_a_note_that_was_being_written() -> None
     (label,) = again.labels.figures()
     assert (label.name, label.num_tokens, label.expires_in_s) == ("short", 16, 40.0)
     torn = memoryview(memory._mmap)
-    torn[40] ^= 1
+    torn[memory._mmap.find(key(2))] ^= 1
     torn.release()
     older = Stage(LabelNotes(memory, 0, HALF), stage.clock)
     assert {label.name: label.pinned for label in older.labels.figures()} == {"pinned": True, "short": False}

@@ -65,9 +65,9 @@ def test_write_back_writes_a_block_when_it_leaves_and_finds_it_again(tmp_path: P
     with serving(tmp_path, tier, rules=Rules(write=Write.BACK)) as (server, client):
 
         def scan(*numbers: int) -> None:
+            most_bytes = ARENA_BYTES * (1 - FREE_SHARE)
             for number in numbers:
                 store(client, number)
-                most_bytes = ARENA_BYTES * (1 - FREE_SHARE)
                 until(lambda: server.figures()["ready_bytes"] <= most_bytes, what="room for the next")
 
         store(client, 1, 2, 3)
@@ -167,7 +167,19 @@ def test_drop_empties_the_arena_and_every_tier_whole(tmp_path: Path) -> None:
         assert found(client, 1) == found(client, 2 * NUM_BLOCKS - 1) == 0
 
 
-def test_what_waits_or_is_being_written_down_while_it_is_dropped_does_not_come_back(
+def test_what_is_being_written_down_while_it_is_dropped_does_not_come_back(tmp_path: Path) -> None:
+    kept = MemoryTier()
+    tier = FaultyTier(kept, TierFaults(delay_s=0.3))
+    with serving(tmp_path, tier, rules=Rules()) as (server, client):
+        store(client, 1)
+        until(lambda: tier._num_operations > 1, what="the put to begin, behind a look-up")
+        tier.faults = TierFaults()
+        assert drop_all(server.socket)["clearing"] == 0
+        until(lambda: server.figures()["cooling_bytes"] == 0, what="every pin to end")
+        assert not kept.kept
+
+
+def test_what_waits_to_be_written_down_while_it_is_dropped_does_not_come_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvcache.hierarchy.MAX_QUEUED_SHARE", 1.0)
