@@ -72,6 +72,7 @@ class Client:
                 self.send(wire.Labels(self._labels.figures()))
             case wire.Pin():
                 self.send(wire.Labelled(*self._labels.pin(message.label, message.tenant, pinned=message.pinned)))
+                self._labels.note()
             case wire.DropLabel():
                 self._drop_label(message)
             case wire.Hello():
@@ -96,6 +97,7 @@ class Client:
                 self._name(message)
             case wire.Drop():
                 self._labels.clear()
+                self._labels.note()
                 self._index.drop([entry.key for entry in self._index.entries()])
                 self._hierarchy.clear()
 
@@ -212,9 +214,11 @@ class Client:
         label = Label(message.label, message.ttl_s, message.pin)
         keys = tuple(_keys(message.keys))
         self._labels.name(label, Named(_tenant(message.tenant), keys, self._block_bytes, message.num_tokens))
+        self._labels.note()
 
     def _drop_label(self, message: wire.DropLabel) -> None:
         num_labels, keys = self._labels.drop(message.label, message.tenant)
+        self._labels.note()
         if keys:
             self._hierarchy.forget(keys)
         self.send(wire.Labelled(num_labels))
@@ -246,6 +250,7 @@ def figures(index: Index, hierarchy: Hierarchy) -> dict[str, float]:
 def label_figures(labels: Labels) -> dict[str, float]:
     """What `baton cache stats` shows of them."""
     values = {"labels": len(labels), "labels_refused": labels.refused, "labels_unpinned": labels.unpinned}
+    values["labels_unsaved"] = int(labels.unsaved)
     return {name: float(value) for name, value in values.items()}
 
 

@@ -27,6 +27,7 @@ from kvcache import wire
 from kvcache.connection import Client
 from kvcache.hierarchy import Hierarchy
 from kvcache.index import Index
+from kvcache.label_notes import LabelNotes, half_bytes
 from kvcache.labels import Labels
 from kvcache.ledger import Ledger, ledger_bytes
 from kvcache.peer_server import PeerServer
@@ -44,11 +45,12 @@ MAX_UNSENT_BYTES = 8 << 20
 
 
 class ArenaFds:
-    """The two memfds of one arena, for whoever starts the server. Raises TransferError if there is no memory."""
+    """The two memfds of one arena, for whoever starts the server: the blocks, and what is known of them. Raises
+    TransferError if there is no memory."""
 
     def __init__(self, arena_bytes: int) -> None:
         self.arena = make_memfd(arena_bytes)
-        self.ledger = make_memfd(ledger_bytes(arena_bytes))
+        self.ledger = make_memfd(ledger_bytes(arena_bytes) + 2 * half_bytes(arena_bytes))
 
     def close(self) -> None:
         """The memory goes with its last mapping."""
@@ -75,13 +77,15 @@ class CacheServer:
         self._arena_fd, ledger_fd = fds
         arena_bytes = os.fstat(self._arena_fd).st_size
         self._arena = Mapping(self._arena_fd, arena_bytes)
-        self._ledger_memory = Mapping(ledger_fd, os.fstat(ledger_fd).st_size)
+        self._ledger_memory = Mapping(ledger_fd, ledger_bytes(arena_bytes))
         self._ledger = Ledger(self._ledger_memory)
+        notes_memory = Mapping(ledger_fd, os.fstat(ledger_fd).st_size)
+        notes = LabelNotes(notes_memory, ledger_bytes(arena_bytes), half_bytes(arena_bytes))
         self._path = path
         self._clients: set[asyncio.Task[None]] = set()
         self._num_connections = 0
         self.index = Index(arena_bytes, self._ledger, clock, spec.rules)
-        self.labels = Labels(self.index, clock)
+        self.labels = Labels(self.index, clock, notes)
         self.hierarchy = Hierarchy(tiers, self.index, self._arena, clock, shapes)
         self.peer_server = PeerServer(spec.listen, self.index, self._arena, clock) if spec.listen else None
 
@@ -166,6 +170,7 @@ class CacheServer:
             await asyncio.sleep(EXPIRE_PERIOD_S)
             self.index.expire()
             expired = self.labels.expire()
+            self.labels.note()
             if expired:
                 self.hierarchy.forget(expired)
 

@@ -318,6 +318,21 @@ def test_a_tenant_over_its_quota_evicts_its_own_blocks_and_nobody_elses() -> Non
     assert len(index.reserve(1, [key(51)], ALIGNMENT, b"carol")) == 1
 
 
+def test_a_block_that_was_to_leave_stays_if_somebody_reads_it_by_then() -> None:
+    index, _ = filled([1, 2])
+    for entry in (index.coldest(), index.coldest()):
+        assert entry is not None
+        index.take(entry)
+    index.search(7, 1, [key(2)])
+    for number in (1, 2):
+        entry = index.get(key(number))
+        assert entry is not None
+        index.settle(entry, Reason.SPACE)
+    assert [n for n in (1, 2) if index.get(key(n))] == [2]
+    index.release(7, 1)
+    assert index.coldest() is index.get(key(2)), "it is in the order again"
+
+
 def test_blocks_that_nobody_has_used_for_the_rules_time_leave_except_pinned_ones() -> None:
     clock = ManualClock()
     index = Index(CAPACITY, ledger_of(CAPACITY)[0], clock, Rules(ttl_s=60.0))

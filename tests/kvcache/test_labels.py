@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from kvcache import wire
 from kvcache.client import CacheClient, ask_figures, drop_all, drop_label, labels, pin_label
 from kvcache.index import Index
 from kvcache.keys import join_keys, tenant_of
+from kvcache.label_notes import LabelNotes
 from kvcache.labels import PINNED_SHARE, UNSEEN_S, Labels, Named
 from kvcache.ranges import ALIGNMENT
 from tests.kvcache.local_server import LocalServer, serving_here
@@ -26,19 +28,21 @@ from tests.kvcache.memory_tier import MemoryTier
 from tests.kvcache.places import BLOCK_BYTES, key, ledger_of
 from tests.kvcache.test_server import answer, chain
 from tests.poll import until
+from transport.mapping import Mapping, make_memfd
 
 CAPACITY = 12 * ALIGNMENT
+HALF = 4096
 ALICE, BOB = tenant_of("alice"), tenant_of("bob")
 
 
 class Stage:
     """An index of twelve small blocks and its labels."""
 
-    def __init__(self) -> None:
-        self.clock = ManualClock()
+    def __init__(self, notes: LabelNotes | None = None, clock: ManualClock | None = None) -> None:
+        self.clock = clock or ManualClock()
         ledger, self.memory = ledger_of(CAPACITY)
         self.index = Index(CAPACITY, ledger, self.clock)
-        self.labels = Labels(self.index, self.clock)
+        self.labels = Labels(self.index, self.clock, notes)
 
     def store(self, *numbers: int) -> None:
         for number in numbers:
@@ -174,6 +178,45 @@ def test_labels_and_their_keys_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     stage.name(Label("d"))
     assert (stage.labels.refused, list(stage.shown())) == (2, ["a", "b", "c"])
     assert stage.shown()["a"] == (0, 4, False)
+
+
+def test_labels_survive_their_server_and_a_note_that_was_being_written() -> None:
+    memory = Mapping(fd := make_memfd(2 * HALF), 2 * HALF)
+    os.close(fd)
+    stage = Stage(LabelNotes(memory, 0, HALF))
+    stage.store(1, 2)
+    stage.name(Label("pinned", pin=True), 1, tenant=ALICE)
+    stage.name(Label("short", ttl_s=60.0), 2)
+    stage.labels.note()
+    stage.clock.advance(20.0)
+    stage.labels.drop("pinned", None)
+    stage.labels.note()
+
+    again = Stage(LabelNotes(memory, 0, HALF), stage.clock)
+    (label,) = again.labels.figures()
+    assert (label.name, label.num_tokens, label.expires_in_s) == ("short", 16, 40.0)
+    torn = memoryview(memory._mmap)
+    torn[memory._mmap.find(key(2))] ^= 1
+    torn.release()
+    older = Stage(LabelNotes(memory, 0, HALF), stage.clock)
+    assert {label.name: label.pinned for label in older.labels.figures()} == {"pinned": True, "short": False}
+    older.store(1, 2, *range(100, 140))
+    assert older.there(1, 2) == [1]
+    memory.close()
+
+
+def test_more_labels_than_there_is_room_to_note_are_said_to_be_unsaved() -> None:
+    memory = Mapping(fd := make_memfd(2 * HALF), 2 * HALF)
+    os.close(fd)
+    stage = Stage(LabelNotes(memory, 0, HALF))
+    stage.name(Label("small"), 1)
+    stage.labels.note()
+    assert not stage.labels.unsaved
+    stage.name(Label("large"), *range(HALF // 16))
+    stage.labels.note()
+    assert stage.labels.unsaved
+    assert len(Stage(LabelNotes(memory, 0, HALF)).labels) == 0, "no label comes back that has changed since"
+    memory.close()
 
 
 class LabelMachine(RuleBasedStateMachine):

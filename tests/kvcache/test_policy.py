@@ -177,7 +177,7 @@ def test_s3fifo_takes_back_into_its_main_queue_what_it_let_go_too_early() -> Non
     scan(arena, range(10, 15))
     assert 0 not in arena.there
     arena.ask(0)
-    scan(arena, range(100, 108))
+    scan(arena, range(100, 200))
     assert 0 in arena.there, "asked for twice, although it had left in between"
 
 

@@ -63,17 +63,24 @@ def found(client: CacheClient, *numbers: int, tenant: bytes = b"") -> int:
 def test_write_back_writes_a_block_when_it_leaves_and_finds_it_again(tmp_path: Path) -> None:
     tier = MemoryTier()
     with serving(tmp_path, tier, rules=Rules(write=Write.BACK)) as (server, client):
+
+        def scan(*numbers: int) -> None:
+            most_bytes = ARENA_BYTES * (1 - FREE_SHARE)
+            for number in numbers:
+                store(client, number)
+                until(lambda: server.figures()["ready_bytes"] <= most_bytes, what="room for the next")
+
         store(client, 1, 2, 3)
         assert not tier.kept, "nothing needs their room"
-        for number in range(100, 100 + 3 * NUM_BLOCKS):
-            store(client, number)
-            until(lambda: server.figures()["ready_bytes"] <= ARENA_BYTES * (1 - FREE_SHARE), what="room for the next")
+        scan(*range(100, 100 + 2 * NUM_BLOCKS))
         figures = server.figures()
         assert key(1) in tier.kept
-        assert figures["evicted_space_blocks"] == len(tier.kept) > 2 * NUM_BLOCKS
+        assert figures["evicted_space_blocks"] == len(tier.kept) > NUM_BLOCKS
         assert figures["unwritten_blocks"] == figures["memory_dropped"] == 0
         assert found(client, 1, 2) == 2
         assert server.figures()["memory_hits"] == 2
+        scan(*range(200, 200 + NUM_BLOCKS))
+        assert server.figures()["memory_puts"] == len(tier.kept), "what came up is not written again"
 
 
 def test_write_back_writes_all_of_the_arena_before_an_orderly_stop(tmp_path: Path) -> None:
@@ -164,9 +171,23 @@ def test_what_is_being_written_down_while_it_is_dropped_does_not_come_back(tmp_p
     kept = MemoryTier()
     tier = FaultyTier(kept, TierFaults(delay_s=0.3))
     with serving(tmp_path, tier, rules=Rules()) as (server, client):
-        for number in range(12):
-            store(client, number)
+        store(client, 1)
+        until(lambda: tier._num_operations > 1, what="the put to begin, behind a look-up")
         tier.faults = TierFaults()
+        assert drop_all(server.socket)["clearing"] == 0
+        until(lambda: server.figures()["cooling_bytes"] == 0, what="every pin to end")
+        assert not kept.kept
+
+
+def test_what_waits_to_be_written_down_while_it_is_dropped_does_not_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvcache.hierarchy.MAX_QUEUED_SHARE", 1.0)
+    kept = MemoryTier()
+    tier = FaultyTier(kept, TierFaults(delay_s=0.1))
+    with serving(tmp_path, tier, rules=Rules()) as (server, client):
+        store(client, *range(10))
+        store(client, *range(10, 20))
         assert drop_all(server.socket)["clearing"] == 0
         until(lambda: server.figures()["cooling_bytes"] == 0, what="every pin to end")
         assert not kept.kept
