@@ -90,8 +90,9 @@ class CacheScheduler:
         self._unnamed: dict[str, wire.Name] = {}
 
     def arrived(self, request: Any, *, computes: bool, ticket: Handoff | None = None) -> None:
-        """A request is new: ask what is there. computes: this instance will compute what is not. The ticket's label
-        names the blocks of its prompt, wherever they are computed; its deadline bounds the look-up."""
+        """A request is new: ask what is there. computes: this instance will compute and store what is not; otherwise
+        its peer does. The ticket's label names the blocks of its prompt, wherever they are computed; its deadline
+        bounds the look-up."""
         request_id = request.request_id
         if request_id in self._keys:
             return
@@ -100,7 +101,7 @@ class CacheScheduler:
         stores = label is not None or self._reader.pace.is_worth_storing()
         self._reader.arrive(prompt, reserve=computes and stores)
         if stores:
-            self._writer.arrive(prompt, asked=computes)
+            self._writer.arrive(prompt, asked=True)
         if label is not None:
             self._name(prompt, label)
 
@@ -117,6 +118,10 @@ class CacheScheduler:
             self._reader.load(request_id, block_ids, found_tokens, num_tokens)
         else:
             self._reader.started(request_id)
+
+    def computes(self, request_id: str) -> None:
+        """The peer does not compute this request's prompt after all."""
+        self._writer.computes(request_id)
 
     def scheduled(self, request: Any, num_tokens: int, block_ids: Callable[[], Sequence[int]]) -> None:
         """When this step ends, `num_tokens` of the request are computed."""

@@ -133,6 +133,8 @@ class SchedulerSide:
         cached, known.cached = min(known.cached, num_tokens), 0
         if self._cache is not None:
             self._cache.allocated(request_id, block_ids, known.found, cached)
+            if known.awaits_peer and num_tokens == cached and known.found + cached < request.num_prompt_tokens - 1:
+                self._cache.computes(request_id)
         if known.ticket is None or self._receiver is None:
             return
         if known.sends:
@@ -166,6 +168,8 @@ class SchedulerSide:
         if self._cache is not None:
             self._cache.results(results.cache)
             for arrived in results.arrived:
+                if arrived.why_lost:
+                    self._cache.computes(arrived.request_id)
                 self._note_arrived(arrived)
         return set(self._sender.on_results(results.push))
 

@@ -128,6 +128,10 @@ class Index:
         """That have bytes in the arena."""
         return len(self._tenants)
 
+    def keys(self) -> list[BlockKey]:
+        """Of complete blocks."""
+        return list(self._ready)
+
     def entries(self) -> list[Entry]:
         """Complete blocks."""
         return list(self._ready.values())

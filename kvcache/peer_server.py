@@ -29,7 +29,7 @@ from kvcache.change_log import ChangeLog
 from kvcache.index import Index
 from kvcache.peer_session import ARENA_REGION, ServedCounts, Session, Source
 from transport.address import bind_address
-from transport.base import Region
+from transport.base import Region, Transport
 from transport.mapping import Mapping
 from transport.zmq_tcp import ZmqTransport
 
@@ -58,10 +58,13 @@ class _Asker:
 class PeerServer:
     """Serves the complete blocks of `index` at `listen` (HOST:PORT; port 0: any free one) from `start` to `close`.
 
-    Raises ConfigError if it cannot listen there.
+    `transport` is what blocks leave by, zmq unless one is given; closed with the server. Raises ConfigError if it
+    cannot listen there.
     """
 
-    def __init__(self, listen: str, index: Index, arena: Mapping, clock: Clock) -> None:
+    def __init__(
+        self, listen: str, index: Index, arena: Mapping, clock: Clock, transport: Transport | None = None
+    ) -> None:
         self._index = index
         self._clock = clock
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -73,7 +76,7 @@ class PeerServer:
             raise
         self._fd = int(self._router.getsockopt(zmq.FD))
         self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._transport = ZmqTransport(host.strip("[]"), clock)
+        self._transport = transport or ZmqTransport(host.strip("[]"), clock)
         size = arena.num_bytes
         self._transport.register(Region(ARENA_REGION, arena.address, size, size, 1))
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="baton-cache-seal")
@@ -106,7 +109,9 @@ class PeerServer:
         """What `baton cache stats` shows of it."""
         counts = {f"served_{name}": float(value) for name, value in asdict(self._source.counts).items()}
         port = float(self.address.rpartition(":")[2])
-        return counts | {"served_askers": len(self._askers), "served_malformed": self.malformed, "served_port": port}
+        sending = sum(asker.session.num_sending for asker in self._askers.values())
+        now = {"askers": len(self._askers), "sending": sending, "malformed": self.malformed, "port": port}
+        return counts | {f"served_{name}": float(value) for name, value in now.items()}
 
     async def _tick(self) -> None:
         while True:

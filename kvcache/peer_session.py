@@ -94,9 +94,14 @@ class Session:
         self._position: int | None = None
         self.is_over = False
 
+    @property
+    def num_sending(self) -> int:
+        """Blocks that are pinned for this asker."""
+        return len(self._sending)
+
     def subscribe(self) -> None:
         """Everything first, then what changes."""
-        self._untold, self._is_first = [entry.key for entry in self._source.index.entries()], True
+        self._untold, self._is_first = self._source.index.keys(), True
         self._position = self._source.log.end
 
     def announce(self) -> bool:

@@ -77,12 +77,19 @@ class Writer:
         self._late: list[_Places] = []
 
     def arrive(self, prompt: KeyedPrompt, *, asked: bool) -> None:
-        """A request is new. asked: its look-up has asked for the places of the prompt's missing blocks."""
+        """A request is new. asked: its look-up has asked for the places of the prompt's missing blocks, or somebody
+        else stores them."""
         if prompt.request_id not in self._all and self._client.is_connected:
             now_s, partial = self._clock.monotonic_s(), prompt.partials.last
             places = _Places(self._client.epoch, now_s, prompt.num_tokens, partial, prompt.tenant, list(prompt.keys))
             places.asked = len(prompt.keys) if asked else 0
             self._all[prompt.request_id] = places
+
+    def computes(self, request_id: str) -> None:
+        """Nobody else stores the prompt's blocks after all."""
+        places = self._all.get(request_id)
+        if places is not None:
+            places.asked = 0
 
     def granted(self, request_id: str, places: Sequence[tuple[BlockKey, int]]) -> None:
         """The look-up's answer."""

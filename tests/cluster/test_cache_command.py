@@ -17,7 +17,7 @@ from kvcache import wire
 from kvcache.client import CacheClient, ask_figures
 from kvcache.keys import join_keys
 from kvcache.rules import Admit, Rules, Write
-from kvcache.spec import CacheSpec, DiskSpec, RedisSpec
+from kvcache.spec import CacheSpec, DiskSpec, PeersSpec, RedisSpec
 from tests.cluster.test_command import baton
 from tests.kvcache.places import key
 from tests.poll import until
@@ -54,6 +54,13 @@ def test_rules_stand_anywhere_after_the_size() -> None:
     assert [CacheSpec.parse(f"8GiB,ttl={text}").rules.ttl_s for text in ("90s", "1.5m", "2d")] == [90, 90, 172800]
 
 
+def test_peers_are_one_tier_and_listen_is_none() -> None:
+    spec = CacheSpec.parse("8GiB,listen=10.0.0.5:7600,peer=10.0.0.6:7600,peer=[fd00::7]:7600,disk=/mnt/kv:1GiB")
+    assert spec.listen == "10.0.0.5:7600"
+    assert spec.tiers == (PeersSpec(("10.0.0.6:7600", "[fd00::7]:7600")), DiskSpec("/mnt/kv", 1 << 30))
+    assert CacheSpec.parse("8GiB,listen=127.0.0.1:0").tiers == ()
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -78,6 +85,13 @@ def test_rules_stand_anywhere_after_the_size() -> None:
         ("8GiB,redis://a,codec=zstd,redis://b", "codec=zstd stands behind the last server of its tier"),
         ("8GiB,disk=/x:/y", "'/y' is not a size such as 100GiB"),
         ("unix:/x,disk=/x:1GiB", "give its socket alone"),
+        ("8GiB,peer=10.0.0.6", "'10.0.0.6' is not HOST:PORT, such as 10.0.0.5:7600"),
+        ("8GiB,peer=10.0.0.6:0", "'10.0.0.6:0' is not HOST:PORT"),
+        ("8GiB,peer=10.0.0.6:99999", "'10.0.0.6:99999' is not HOST:PORT"),
+        ("8GiB,listen=:7600", "':7600' is not HOST:PORT"),
+        ("8GiB,peer=a:1,peer=a:1", "the peer a:1 is named twice"),
+        ("8GiB,peer=a:1,disk=/x:1GiB,peer=b:1", "peer=b:1 stands apart from the other peers"),
+        ("8GiB,listen=a:1,listen=b:1", "'listen=b:1' is one too many"),
         ("8", "did you mean 8GiB?"),
         ("8 apples", "not a size such as 8GiB, or unix:"),
         ("unix:relative/path", "an absolute path"),

@@ -45,14 +45,17 @@ class Instance:
 
     def arrive(self, request: str, numbers: Sequence[int], tail: Sequence[int] = (0,), *, computes: bool = True) -> int:
         """Asks for a prompt of these blocks and the tail's tokens; returns the tokens that may be loaded."""
-        keys = [key(n) for n in numbers]
-        token_ids = [n for n in numbers for _ in range(BLOCK_SIZE)] + list(tail)
-        partials = PartialBlocks(ROOT, keys, token_ids, BLOCK_SIZE)
-        prompt = KeyedPrompt(request, len(token_ids), keys, partials)
+        prompt = self.prompt(request, numbers, tail)
         self.reader.arrive(prompt, reserve=computes)
         self.writer.arrive(prompt, asked=computes)
         until(lambda: self.look_up(request, numbers, tail) is not None, what="the look-up's end")
         return self.look_up(request, numbers, tail) or 0
+
+    def prompt(self, request: str, numbers: Sequence[int], tail: Sequence[int] = (0,)) -> KeyedPrompt:
+        """Of these blocks and the tail's tokens."""
+        keys = [key(n) for n in numbers]
+        token_ids = [n for n in numbers for _ in range(BLOCK_SIZE)] + list(tail)
+        return KeyedPrompt(request, len(token_ids), keys, PartialBlocks(ROOT, keys, token_ids, BLOCK_SIZE))
 
     def look_up(self, request: str, numbers: Sequence[int], tail: Sequence[int] = (0,)) -> int | None:
         return self.reader.look_up(request, len(numbers) * BLOCK_SIZE + len(tail), 0)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from core.errors import ConfigError
 from kvcache.codec import HEADER_BYTES, CodecError, Header, framed
+from kvcache.codec_conformance import check_codec, decoded_by
 from kvcache.codecs import CODECS, LOSSY, make_codec
-from kvcache.conformance import check_codec, decoded_by
 from kvcache.elements import Floats, read_floats, write_floats
 from kvcache.lossy import RUN_ELEMENTS
 from kvcache.shape import BlockShape, Dtype, KnownShapes
