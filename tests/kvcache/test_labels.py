@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -288,12 +289,18 @@ def server(tmp_path: Path, tier: MemoryTier) -> Iterator[LocalServer]:
         yield running
 
 
+@contextmanager
+def connected(server: LocalServer) -> Iterator[CacheClient]:
+    made = CacheClient(server.socket, wire.Hello("engine", "boot", BLOCK_BYTES))
+    until(lambda: made.is_connected, what="the connection")
+    yield made
+    made.close()
+
+
 @pytest.fixture
 def client(server: LocalServer) -> Iterator[CacheClient]:
-    connected = CacheClient(server.socket, wire.Hello("engine", "boot", BLOCK_BYTES))
-    until(lambda: connected.is_connected, what="the connection")
-    yield connected
-    connected.close()
+    with connected(server) as made:
+        yield made
 
 
 def store(client: CacheClient, *numbers: int) -> None:
@@ -323,16 +330,17 @@ def test_over_the_socket_labels_are_listed_pinned_and_dropped_everywhere(
     assert not pin_label(server.socket, "doc", True)
 
 
-def test_when_time_is_over_the_server_drops_the_blocks_by_itself(
-    server: LocalServer, client: CacheClient, tier: MemoryTier
-) -> None:
-    store(client, 1)
-    until(lambda: len(tier.kept) == 1, what="the block below")
-    client.send(wire.Name("doc", join_keys([key(1)]), ttl_s=0.3, pin=True))
-    until(lambda: labels(server.socket), what="the label")
-    until(lambda: not labels(server.socket), what="its end")
-    assert ask_figures(server.socket)["blocks"] == 0
-    until(lambda: not tier.kept, what="the tier to forget it")
+def test_when_time_is_over_the_server_drops_the_blocks_by_itself(tmp_path: Path, tier: MemoryTier) -> None:
+    clock = ManualClock()
+    with serving_here(tmp_path, 8 * BLOCK_BYTES, tier, clock=clock) as server, connected(server) as client:
+        store(client, 1)
+        until(lambda: len(tier.kept) == 1, what="the block below")
+        client.send(wire.Name("doc", join_keys([key(1)]), ttl_s=60.0, pin=True))
+        until(lambda: labels(server.socket), what="the label")
+        clock.advance(61.0)
+        until(lambda: not labels(server.socket), what="its end")
+        assert ask_figures(server.socket)["blocks"] == 0
+        until(lambda: not tier.kept, what="the tier to forget it")
 
 
 def test_pinning_too_much_says_so_and_drop_forgets_labels_too(server: LocalServer, client: CacheClient) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -167,30 +168,65 @@ def test_drop_empties_the_arena_and_every_tier_whole(tmp_path: Path) -> None:
         assert found(client, 1) == found(client, 2 * NUM_BLOCKS - 1) == 0
 
 
-def test_what_is_being_written_down_while_it_is_dropped_does_not_come_back(tmp_path: Path) -> None:
-    kept = MemoryTier()
-    tier = FaultyTier(kept, TierFaults(delay_s=0.3))
-    with serving(tmp_path, tier, rules=Rules()) as (server, client):
-        store(client, 1)
-        until(lambda: tier._num_operations > 1, what="the put to begin, behind a look-up")
-        tier.faults = TierFaults()
-        assert drop_all(server.socket)["clearing"] == 0
-        until(lambda: server.figures()["cooling_bytes"] == 0, what="every pin to end")
-        assert not kept.kept
+class GatedTier(MemoryTier):
+    """Its puts and gets stand still, a get with the block in its hands, while the gate is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.num_waiting = 0
+
+    def get(self, key: bytes, into: memoryview) -> int | None:
+        digest = super().get(key, into)
+        self._pass()
+        return digest
+
+    def put(self, key: bytes, digest: int, block: memoryview) -> bool:
+        self._pass()
+        return super().put(key, digest, block)
+
+    def _pass(self) -> None:
+        self.num_waiting += 1
+        assert self.gate.wait(20.0), "nobody has opened the gate"
 
 
-def test_what_waits_to_be_written_down_while_it_is_dropped_does_not_come_back(
+def test_what_is_or_will_be_written_down_while_it_is_dropped_does_not_come_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvcache.hierarchy.MAX_QUEUED_SHARE", 1.0)
-    kept = MemoryTier()
-    tier = FaultyTier(kept, TierFaults(delay_s=0.1))
+    tier = GatedTier()
     with serving(tmp_path, tier, rules=Rules()) as (server, client):
         store(client, *range(10))
         store(client, *range(10, 20))
+        until(lambda: tier.num_waiting, what="a put to begin")
+        client.send(wire.Drop())
+        until(lambda: server.figures()["clearing"] == 1, what="the drop to begin")
+        tier.gate.set()
+        until(lambda: server.figures()["clearing"] + server.figures()["cooling_bytes"] == 0, what="its end")
+        assert not tier.kept
+
+
+def test_what_is_coming_up_while_it_is_dropped_does_not_come_back(tmp_path: Path) -> None:
+    tier, clock = GatedTier(), ManualClock()
+    tier.gate.set()
+    with serving(tmp_path, tier, rules=Rules(ttl_s=60.0), clock=clock) as (server, client):
+        store(client, 1)
+        until(lambda: tier.kept, what="the block below")
+        clock.advance(61.0)
+        until(lambda: server.figures()["blocks"] == 0, what="the block to leave the arena")
+        tier.gate.clear()
+        num_waiting = tier.num_waiting
+        number = client.search(chain(1), reserve=False)
+        coming = answer(client, number)
+        assert isinstance(coming, wire.Found)
+        assert coming.coming == 1
+        until(lambda: tier.num_waiting > num_waiting, what="the block to be read")
         assert drop_all(server.socket)["clearing"] == 0
-        until(lambda: server.figures()["cooling_bytes"] == 0, what="every pin to end")
-        assert not kept.kept
+        tier.gate.set()
+        last = answer(client, number)
+        assert isinstance(last, wire.Found)
+        assert last.slots == []
+        assert server.figures()["blocks"] == 0
 
 
 def test_a_tier_that_cannot_be_cleared_is_named(tmp_path: Path) -> None:
@@ -220,23 +256,3 @@ def test_an_engine_that_loads_slower_than_it_computes_stores_nothing_but_a_try_n
     for _ in range(20):
         pace.loaded(100, 0.1)
     assert pace.is_worth_storing()
-
-
-def test_what_is_coming_up_while_it_is_dropped_does_not_come_back(tmp_path: Path) -> None:
-    kept = MemoryTier()
-    tier = FaultyTier(kept, TierFaults())
-    with serving(tmp_path, tier, rules=Rules(ttl_s=60.0), clock=(clock := ManualClock())) as (server, client):
-        store(client, 1)
-        until(lambda: kept.kept, what="the block below")
-        clock.advance(61.0)
-        until(lambda: server.figures()["blocks"] == 0, what="the block to leave the arena")
-        tier.faults = TierFaults(delay_s=0.2)
-        number = client.search(chain(1), reserve=False)
-        coming = answer(client, number)
-        assert isinstance(coming, wire.Found)
-        assert coming.coming == 1
-        assert drop_all(server.socket)["blocks"] == 0
-        last = answer(client, number)
-        assert isinstance(last, wire.Found)
-        assert last.slots == []
-        assert server.figures()["blocks"] == 0
