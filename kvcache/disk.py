@@ -50,6 +50,7 @@ class DiskTier:
     """
 
     name = "disk"
+    lossy = ""
 
     def __init__(self, folder: Path, capacity_bytes: int, clock: Clock) -> None:
         self._index = FileIndex(capacity_bytes)

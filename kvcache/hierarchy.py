@@ -191,7 +191,7 @@ class Hierarchy:
             digest = await level.wait(future, GET_TIMEOUT_S, None)
         finally:
             self._coming.pop(key, None)
-        if digest is not None and self._index.commit(SERVER, key, offset, digest):
+        if digest is not None and self._index.commit(SERVER, key, offset, digest, level.tier.lossy):
             level.counts.hits += 1
             level.counts.get_bytes += block_bytes
             level.counts.get_s += loop.time() - begun_s

@@ -77,6 +77,7 @@ class RedisTier:
     """See kvcache/tier.py."""
 
     name = "redis"
+    lossy = ""
 
     def __init__(
         self,

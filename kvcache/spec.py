@@ -9,11 +9,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import msgspec
 
 from core.errors import ConfigError
-from kvcache.codecs import check_name
+from kvcache.codecs import LOSSY, check_name
 
 SPEC_VARIABLE = "BATON_CACHE"
 """How a server that was started gets it: not among its arguments, where every user of the host reads passwords."""
@@ -64,6 +65,7 @@ class CacheSpec(msgspec.Struct, frozen=True):
                 _encode(tiers, word, before)
             else:
                 _add(tiers, word, before)
+        _refuse_leak(tiers)
         return cls(num_bytes=num_bytes, tiers=tuple(tiers), text=text)
 
 
@@ -85,6 +87,17 @@ def _socket(first: str, words: list[str]) -> str:
     if words:
         raise ConfigError(f"--cache {first}: a server that runs already has its tiers; give its socket alone")
     return path
+
+
+def _refuse_leak(tiers: Sequence[TierSpec]) -> None:
+    """What is computed after a rounded block is not exact either: hosts that have not asked for it must not get it."""
+    lossy = next((tier.codec for tier in tiers if tier.codec in LOSSY), "")
+    shared = next((tier.urls[0] for tier in tiers if isinstance(tier, RedisSpec) and tier.codec not in LOSSY), "")
+    if lossy and shared:
+        raise ConfigError(
+            f"--cache: codec={lossy} is not exact, nor is what is computed after its blocks, and {shared} would give "
+            f"that to other hosts as exact: put codec={lossy} behind it as well, or leave one of the two out"
+        )
 
 
 def _encode(tiers: list[TierSpec], word: str, before: str) -> None:

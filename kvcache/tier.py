@@ -37,9 +37,11 @@ class TierFigures(msgspec.Struct, frozen=True):
 
 
 class Tier(Protocol):
-    """A place that keeps blocks after the arena has forgotten them."""
+    """A place that keeps blocks after the arena has forgotten them. lossy: the codec that rounds its blocks, empty if
+    they come back exactly."""
 
     name: str
+    lossy: str
 
     def contains(self, keys: Sequence[BlockKey]) -> int:
         """How many of the first keys are there, without a gap. May be wrong: `get` decides."""

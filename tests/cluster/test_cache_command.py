@@ -38,9 +38,10 @@ def test_tiers_below_the_arena() -> None:
 
 
 def test_a_codec_belongs_to_the_tier_before_it() -> None:
-    spec = CacheSpec.parse("8GiB,disk=/mnt/kv:100GiB,codec=zstd,redis://a:1,redis://b:2,codec=int8")
-    both = RedisSpec(("redis://a:1", "redis://b:2"), codec="int8")
+    spec = CacheSpec.parse("8GiB,disk=/mnt/kv:100GiB,codec=zstd,redis://a:1,redis://b:2,codec=lz4")
+    both = RedisSpec(("redis://a:1", "redis://b:2"), codec="lz4")
     assert spec.tiers == (DiskSpec("/mnt/kv", 100 << 30, codec="zstd"), both)
+    CacheSpec.parse("8GiB,disk=/mnt/kv:1GiB,codec=int8,redis://a:1,codec=int4")
     assert CacheSpec.parse("8GiB,disk=/mnt/kv:1GiB,codec=raw").tiers == (DiskSpec("/mnt/kv", 1 << 30),)
 
 
@@ -55,6 +56,8 @@ def test_a_codec_belongs_to_the_tier_before_it() -> None:
         ("8GiB,disk=/x:1GiB,codec=", "unknown codec ''"),
         ("8GiB,disk=/x:1GiB,codec=zstd,codec=lz4", "codec=zstd,codec=lz4: a tier has one codec"),
         ("8GiB,disk=/x:1GiB,codec=raw,codec=raw", "a tier has one codec"),
+        ("8GiB,disk=/x:1GiB,codec=int8,redis://a", "redis://a would give that to other hosts as exact"),
+        ("8GiB,redis://a,codec=zstd,disk=/x:1GiB,codec=fp8", "put codec=fp8 behind it as well"),
         ("8GiB,redis://a,codec=zstd,redis://b", "codec=zstd stands behind the last server of its tier"),
         ("8GiB,disk=/x:/y", "'/y' is not a size such as 100GiB"),
         ("unix:/x,disk=/x:1GiB", "give its socket alone"),

@@ -81,6 +81,11 @@ def test_a_lossy_disk_says_by_its_name_that_its_blocks_are_not_exact(tmp_path: P
             before, after = (np.frombuffer(part, "<f4") for part in (block, instance.engine.block(block_id)))
             assert not np.array_equal(before, after)
             assert np.abs(before - after).max() <= np.abs(before).max() / 250
+        assert instance.arrive("third", prompt) == 3 * BLOCK_SIZE
+        assert instance.load("third", 3 * BLOCK_SIZE, [1, 2, 3]).tiers == {"host-int8": 3}, "the arena knows it too"
+        server.kill()
+        server.start()
+        assert server.figures()["blocks"] == 0, "nobody would know any more that they are not exact"
         instance.close()
 
 
