@@ -130,12 +130,12 @@ class Client:
         if levels:
             self.send(wire.Found(message.id, slots, coming=len(levels)))
             origins = await self._hierarchy.bring_up(rest[: len(levels)], levels, self._block_bytes, message.tenant)
-        origins = ["host"] * len(slots) + origins
+        origins = [slot.tier for slot in slots] + origins
         self._answer(message, keys, self._pin(message.id, keys, origins))
 
     def _pin(self, lease: int, keys: list[BlockKey], origins: list[str]) -> list[wire.Slot]:
         found = self._index.search(self._owner, lease, keys)
-        tiers = [*origins, *["host"] * len(found)]
+        tiers = [*origins, *(entry.tier for entry in found[len(origins) :])]
         return [wire.Slot(entry.offset, entry.digest, tier) for entry, tier in zip(found, tiers, strict=False)]
 
     def _answer(self, message: wire.Search, keys: list[BlockKey], slots: list[wire.Slot]) -> None:

@@ -51,6 +51,7 @@ class DiskTier:
 
     name = "disk"
     is_written = True
+    lossy = ""
 
     def __init__(self, folder: Path, capacity_bytes: int, clock: Clock) -> None:
         self._index = FileIndex(capacity_bytes)

@@ -31,6 +31,7 @@ class EncodedTier:
     """See kvcache/tier.py. shapes: of blocks, by size, as far as the server's clients have named them."""
 
     def __init__(self, inner: Tier, codec: Codec, shapes: KnownShapes) -> None:
+        self.lossy = inner.lossy if codec.is_lossless else codec.name
         self.name = inner.name if codec.is_lossless else f"{inner.name}-{codec.name}"
         self.is_written = inner.is_written
         self._inner = inner

@@ -40,7 +40,7 @@ class FaultyTier:
     """Wraps a tier. See kvcache/tier.py. `faults` may be replaced at any time."""
 
     def __init__(self, inner: Tier, faults: TierFaults) -> None:
-        self.name = inner.name
+        self.name, self.lossy = inner.name, inner.lossy
         self.is_written = inner.is_written
         self.inner = inner
         self.faults = faults

@@ -78,7 +78,7 @@ class Hierarchy:
         self._queued_bytes = 0
         self._putting: dict[BlockKey, asyncio.Future[None]] = {}
         self.num_clearing = 0
-        if self.levels and index.rules.write is Write.BACK:
+        if self._written and index.rules.write is Write.BACK:
             index.retire = lambda entry: self._retire(entry, Reason.TTL)
         self._tasks: set[asyncio.Task[object]] = set()
 
@@ -150,7 +150,7 @@ class Hierarchy:
 
     async def drain(self) -> None:
         """With write=back, before an orderly stop: what no tier has goes down, oldest first, as far as time allows."""
-        if not self.levels or self._index.rules.write is not Write.BACK:
+        if not self._written or self._index.rules.write is not Write.BACK:
             return
         for entry in self._index.entries():
             if not entry.is_below:
@@ -187,8 +187,9 @@ class Hierarchy:
             self._coming.pop(key, None)
             is_wanted = key not in self._unwanted
             self._unwanted.discard(key)
-        if digest is not None and is_wanted and self._index.commit(SERVER, key, offset, digest):
-            self._came_up(key)
+        lossy = level.tier.lossy
+        if digest is not None and is_wanted and self._index.commit(SERVER, key, offset, digest, lossy):
+            self._came_up(key, level)
             level.counts.hits += 1
             level.counts.get_bytes += block_bytes
             level.counts.get_s += loop.time() - begun_s
@@ -199,11 +200,11 @@ class Hierarchy:
             future.add_done_callback(lambda _: self._index.abandon(SERVER, [key]))
         return False
 
-    def _came_up(self, key: BlockKey) -> None:
+    def _came_up(self, key: BlockKey, level: Level) -> None:
         entry = self._index.get(key)
         assert entry is not None, "it was committed"
-        entry.is_below = True
-        if self._index.rules.write is Write.BACK:
+        entry.is_below = level.tier.is_written  # what a peer gave is in no tier of ours
+        if self._written and self._index.rules.write is Write.BACK:
             self._make_room(entry.num_bytes)
 
     def _send_down(self, entry: Entry) -> None:
@@ -237,7 +238,7 @@ class Hierarchy:
         return self._queued_bytes + entry.num_bytes <= self._index.capacity_bytes * MAX_QUEUED_SHARE
 
     def _count_dropped(self) -> None:
-        for level in self.levels:
+        for level in self._written:
             level.counts.dropped += 1
 
     def _queue_down(self, entry: Entry, reason: Reason | None) -> None:

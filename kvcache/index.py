@@ -61,7 +61,7 @@ class State(enum.Enum):
 class Entry:
     """One block's bytes. `deadline_s`: of the reservation, or the end of cooling. `is_below`: a tier below the arena
     has it, or is about to get it. `before`: of a partial block, the key of the block that it follows; not known any
-    more after a take-over."""
+    more after a take-over. `lossy`: the codec that has rounded the block, empty for one that is exact."""
 
     key: BlockKey
     offset: int
@@ -74,6 +74,12 @@ class Entry:
     before: BlockKey = b""
     tenant: bytes = b""
     is_below: bool = False
+    lossy: str = ""
+
+    @property
+    def tier(self) -> str:
+        """Where a reader has it from, as its request's record says it."""
+        return f"host-{self.lossy}" if self.lossy else "host"
 
 
 @dataclass
@@ -208,15 +214,16 @@ class Index:
             granted.append((index, offset))
         return granted
 
-    def commit(self, owner: int, key: BlockKey, offset: int, digest: int) -> bool:
-        """The block is written: found from now on. False if the reservation is not this owner's (any more)."""
+    def commit(self, owner: int, key: BlockKey, offset: int, digest: int, lossy: str = "") -> bool:
+        """The block is written: found from now on. False if the reservation is not this owner's (any more). One that a
+        lossy codec has rounded is not taken over by a restarted server, which would not know that any more."""
         entry = self._reserved.get(key)
         if entry is None or (entry.owner, entry.offset) != (owner, offset):
             return False
-        if not self._ledger.write(Line(key, offset, entry.num_bytes, digest)):
+        if not lossy and not self._ledger.write(Line(key, offset, entry.num_bytes, digest)):
             self._cool(entry)
             return False
-        entry.state, entry.digest = State.READY, digest
+        entry.state, entry.digest, entry.lossy = State.READY, digest, lossy
         del self._reserved[key]
         if entry.before:
             self._partials[entry.before] += 1

@@ -7,8 +7,8 @@
     int8  scale = largest / 127      code: nearest of -127..127
     int4  low, high of each run of 32 numbers of a head    code: nearest of 16 steps from low to high, two in a byte
 
-A run of 32 is, as vLLM's CPU attention packs blocks without AMX, one channel of 32 tokens of keys, or half a token's
-values: what keys of one channel have in common goes into `low`. Any other packing keeps the same bound.
+In blocks as vLLM's CPU attention packs them without AMX, a run is one channel of 32 tokens' keys, or 32 channels of one
+token's values. Other packings keep the same bound.
 A scale is never below float32's smallest normal number: heads that are smaller come out within half of that.
 
 Memory model: a piece of about a million bytes is in work at a time, beside the payload. Threading: any thread.

@@ -39,6 +39,7 @@ class PeersTier:
 
     name = "peer"
     is_written = False
+    lossy = ""
 
     def __init__(self, peers: Sequence[str], clock: Clock | None = None) -> None:
         self._clock = clock or SystemClock()

@@ -78,6 +78,7 @@ class RedisTier:
 
     name = "redis"
     is_written = True
+    lossy = ""
 
     def __init__(
         self,

@@ -12,12 +12,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import msgspec
 
 from core.errors import ConfigError
 from kvcache import rules
-from kvcache.codecs import check_name
+from kvcache.codecs import LOSSY, check_name
 from kvcache.rules import Rules
 from transport.address import is_address
 
@@ -48,9 +49,10 @@ class RedisSpec(msgspec.Struct, frozen=True):
 
 
 class PeersSpec(msgspec.Struct, frozen=True):
-    """Cache servers of other hosts, by the address (HOST:PORT) where they listen to peers."""
+    """Cache servers of other hosts, by the address (HOST:PORT) where they listen to peers. codec: always raw."""
 
     peers: tuple[str, ...]
+    codec: str = "raw"
 
 
 TierSpec = DiskSpec | RedisSpec | PeersSpec
@@ -80,8 +82,11 @@ class CacheSpec(msgspec.Struct, frozen=True):
                 _encode(tiers, word, before)
             elif not word.startswith(_LISTEN):
                 _add(tiers, word, before)
-        chosen = _rules_of(options, has_tiers=bool(tiers))
-        return cls(num_bytes=num_bytes, tiers=tuple(tiers), listen=_listen(words), rules=chosen, text=text)
+        listen = _listen(words)
+        _refuse_leak(tiers, listen)
+        has_tiers = any(not isinstance(tier, PeersSpec) for tier in tiers)
+        chosen = _rules_of(options, has_tiers=has_tiers)
+        return cls(num_bytes=num_bytes, tiers=tuple(tiers), listen=listen, rules=chosen, text=text)
 
 
 def size(text: str, wanted: str) -> int:
@@ -123,7 +128,7 @@ def _rules_of(options: dict[str, str], *, has_tiers: bool) -> Rules:
     for option in ("write", "admit"):
         if option in options and not has_tiers:
             raise ConfigError(
-                f"--cache: {option}={options[option]} is for the tiers below the arena, and there is none"
+                f"--cache: {option}={options[option]} is for the tiers below the arena, and there is none that is written"
             )
     return Rules(
         policy=rules.policy_named(options.get("policy", "lru")),
@@ -132,6 +137,20 @@ def _rules_of(options: dict[str, str], *, has_tiers: bool) -> Rules:
         write=rules.write_named(options.get("write", "through")),
         admit=rules.admit_named(options.get("admit", "all")),
     )
+
+
+def _refuse_leak(tiers: Sequence[TierSpec], listen: str) -> None:
+    """What is computed after a rounded block is not exact either: hosts that have not asked for it must not get it."""
+    lossy = next((tier.codec for tier in tiers if tier.codec in LOSSY), "")
+    shared = next((tier.urls[0] for tier in tiers if isinstance(tier, RedisSpec) and tier.codec not in LOSSY), "")
+    said = f"--cache: codec={lossy} is not exact, nor is what is computed after its blocks, and"
+    if lossy and shared:
+        raise ConfigError(
+            f"{said} {shared} would give that to other hosts as exact: put codec={lossy} behind it as well, or leave "
+            "one of the two out"
+        )
+    if lossy and listen:
+        raise ConfigError(f"{said} listen={listen} would give that to peers as exact: leave one of the two out")
 
 
 def _encode(tiers: list[TierSpec], word: str, before: str) -> None:

@@ -39,10 +39,11 @@ class TierFigures(msgspec.Struct, frozen=True):
 
 class Tier(Protocol):
     """A place that keeps blocks after the arena has forgotten them. is_written: whether it takes blocks at all; into
-    one that does not, nothing is put."""
+    one that does not, nothing is put. lossy: the codec that rounds its blocks, empty if they come back exactly."""
 
     name: str
     is_written: bool
+    lossy: str
 
     def contains(self, keys: Sequence[BlockKey]) -> int:
         """How many of the first keys are there, without a gap. May be wrong: `get` decides."""

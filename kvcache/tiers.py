@@ -14,7 +14,7 @@ from kvcache.tier import Tier
 def make_tier(spec: TierSpec, clock: Clock, shapes: KnownShapes) -> Tier:
     """shapes: what the server's clients say of their blocks. Raises ConfigError if it cannot be: no such folder, no
     client library."""
-    if isinstance(spec, PeersSpec) or spec.codec == "raw":
+    if spec.codec == "raw":
         return _make_plain(spec, clock)
     from kvcache.encoded import EncodedTier
 

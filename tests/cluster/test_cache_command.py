@@ -39,9 +39,10 @@ def test_tiers_below_the_arena() -> None:
 
 
 def test_a_codec_belongs_to_the_tier_before_it() -> None:
-    spec = CacheSpec.parse("8GiB,disk=/mnt/kv:100GiB,codec=zstd,redis://a:1,redis://b:2,codec=int8")
-    both = RedisSpec(("redis://a:1", "redis://b:2"), codec="int8")
+    spec = CacheSpec.parse("8GiB,disk=/mnt/kv:100GiB,codec=zstd,redis://a:1,redis://b:2,codec=lz4")
+    both = RedisSpec(("redis://a:1", "redis://b:2"), codec="lz4")
     assert spec.tiers == (DiskSpec("/mnt/kv", 100 << 30, codec="zstd"), both)
+    CacheSpec.parse("8GiB,disk=/mnt/kv:1GiB,codec=int8,redis://a:1,codec=int4")
     assert CacheSpec.parse("8GiB,disk=/mnt/kv:1GiB,codec=raw").tiers == (DiskSpec("/mnt/kv", 1 << 30),)
 
 
@@ -70,7 +71,7 @@ def test_peers_are_one_tier_and_listen_is_none() -> None:
         ("8GiB,quota=lots", "'lots' is not a size such as 2GiB, for each tenant"),
         ("8GiB,disk=/x:1GiB,write=behind", "write=behind is none of through, back"),
         ("8GiB,disk=/x:1GiB,admit=third", "admit=third is none of all, second"),
-        ("8GiB,write=back", "for the tiers below the arena, and there is none"),
+        ("8GiB,write=back", "for the tiers below the arena, and there is none that is written"),
         ("8GiB,ttl=1h,ttl=2h", "ttl= stands there twice"),
         ("8GiB,disk=/x:1GiB,write=back,admit=second", "admit=second writes a block when it is used again"),
         ("8GiB,polcy=lru", "nor one of policy, ttl, quota, write, admit=..."),
@@ -82,6 +83,8 @@ def test_peers_are_one_tier_and_listen_is_none() -> None:
         ("8GiB,disk=/x:1GiB,codec=", "unknown codec ''"),
         ("8GiB,disk=/x:1GiB,codec=zstd,codec=lz4", "codec=zstd,codec=lz4: a tier has one codec"),
         ("8GiB,disk=/x:1GiB,codec=raw,codec=raw", "a tier has one codec"),
+        ("8GiB,disk=/x:1GiB,codec=int8,redis://a", "redis://a would give that to other hosts as exact"),
+        ("8GiB,redis://a,codec=zstd,disk=/x:1GiB,codec=fp8", "put codec=fp8 behind it as well"),
         ("8GiB,redis://a,codec=zstd,redis://b", "codec=zstd stands behind the last server of its tier"),
         ("8GiB,disk=/x:/y", "'/y' is not a size such as 100GiB"),
         ("unix:/x,disk=/x:1GiB", "give its socket alone"),
@@ -91,6 +94,8 @@ def test_peers_are_one_tier_and_listen_is_none() -> None:
         ("8GiB,listen=:7600", "':7600' is not HOST:PORT"),
         ("8GiB,peer=a:1,peer=a:1", "the peer a:1 is named twice"),
         ("8GiB,peer=a:1,disk=/x:1GiB,peer=b:1", "peer=b:1 stands apart from the other peers"),
+        ("8GiB,listen=a:1,disk=/x:1GiB,codec=int8", "listen=a:1 would give that to peers as exact"),
+        ("8GiB,peer=a:1,codec=zstd", "peers give their blocks as they are"),
         ("8GiB,listen=a:1,listen=b:1", "'listen=b:1' is one too many"),
         ("8", "did you mean 8GiB?"),
         ("8 apples", "not a size such as 8GiB, or unix:"),

@@ -252,11 +252,12 @@ def test_a_hanging_cache_server_delays_nobody_for_long(start: Callable[..., Clus
         cluster.cache.kill(signal.SIGCONT)
 
 
+@pytest.mark.parametrize("codec", ["", ",codec=zstd"])
 def test_everything_restarted_the_disk_gives_it_back(
-    start: Callable[..., Cluster], plain: Cluster, tmp_path: Path
+    start: Callable[..., Cluster], plain: Cluster, tmp_path: Path, codec: str
 ) -> None:
     """Another launcher, other engines, an empty arena: the tokens are equal and come from the disk."""
-    spec = CacheSpec.parse(f"64MiB,disk={tmp_path}/kv:256MiB")
+    spec = CacheSpec.parse(f"64MiB,disk={tmp_path}/kv:256MiB{codec}")
     body = completion(1000, 490)
     expected = ask(plain.url, body).outcome()
     first = start("0P1D", *CHUNKED, cache=spec)
@@ -270,3 +271,23 @@ def test_everything_restarted_the_disk_gives_it_back(
     assert [(part["tier"], part["tokens"]) for part in parts] == [("disk", 999)], (
         "all but the token that the engine must compute"
     )
+
+
+def test_a_lossy_disk_is_named_in_the_record_and_takes_the_share_it_is_there_for(
+    start: Callable[..., Cluster], tmp_path: Path
+) -> None:
+    """The engine has named the shape of its float32 blocks; the answers may differ from the exact ones."""
+    spec = CacheSpec.parse(f"64MiB,disk={tmp_path}/kv:256MiB,codec=int8")
+    body = completion(1000, 491)
+    first = start("0P1D", *CHUNKED, cache=spec)
+    ask(first.url, body)
+    until(lambda: figures(first)["disk-int8_blocks"] == 1000 // BLOCK + 1, what="the blocks on the disk")
+    share = figures(first)["disk-int8_encoded_bytes"] / figures(first)["disk-int8_put_bytes"]
+    assert share == pytest.approx(1 / 4, abs=0.01)
+    first.stop()
+    second = start("0P1D", *CHUNKED, cache=spec)
+    answer = ask(second.url, body)
+    assert len(answer.outcome()) > 0
+    parts = record(second.url, answer)["decode"]["from_cache"]
+    assert [(part["tier"], part["tokens"]) for part in parts] == [("disk-int8", 999)]
+    assert figures(second)["disk-int8_corrupt"] == 0

@@ -12,7 +12,7 @@ from kvcache.loader import Loader
 from kvcache.orders import CacheResults, Loaded
 from kvcache.partial import PartialBlocks, root_key
 from kvcache.prompt import KeyedPrompt
-from kvcache.reader import Reader
+from kvcache.reader import SEARCH_BUDGET_S, Reader
 from kvcache.shape import BlockShape
 from kvcache.storer import Storer
 from kvcache.writer import Writer
@@ -28,13 +28,19 @@ class Instance:
     """Scheduler and worker side of one engine over a server's socket."""
 
     def __init__(
-        self, socket: str, name: str = "engine", clock: Clock | None = None, shape: BlockShape | None = None
+        self,
+        socket: str,
+        name: str = "engine",
+        clock: Clock | None = None,
+        shape: BlockShape | None = None,
+        budget_s: float = SEARCH_BUDGET_S,
     ) -> None:
+        """budget_s: for a look-up; more of it where a test is not about it, for busy machines."""
         clock = clock or SystemClock()
         self.socket = socket
         self.engine = Engine()
         self.client = CacheClient(socket, wire.Hello(name, "boot", BLOCK_BYTES, shape=shape))
-        self.reader = Reader(self.client, BLOCK_SIZE, clock)
+        self.reader = Reader(self.client, BLOCK_SIZE, clock, budget_s)
         self.writer = Writer(self.client, BLOCK_SIZE, clock)
         arena = Arena(self.engine.regions, lambda: fetch_arena(socket, name))
         self.loader = Loader(arena, clock, FaultPoint())

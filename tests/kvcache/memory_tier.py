@@ -24,6 +24,7 @@ class MemoryTier:
 
     name = "memory"
     is_written = True
+    lossy = ""
 
     def __init__(self) -> None:
         self.kept: dict[BlockKey, Kept] = {}

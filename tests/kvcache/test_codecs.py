@@ -62,13 +62,14 @@ def test_no_two_codecs_take_each_others_blocks() -> None:
                     decoded_by(make_codec(name), data, len(block))
 
 
+@settings(deadline=None)
 @given(st.sampled_from(LOSSLESS), st.binary(max_size=300))
 def test_lossless_codecs_give_back_any_bytes(name: str, block: bytes) -> None:
     codec = make_codec(name)
     assert decoded_by(codec, codec.encode(memoryview(block), None), len(block)) == block
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     st.sampled_from(LOSSY),
     st.lists(st.floats(-(2.0**126), 2.0**126, width=32), min_size=1, max_size=70),
@@ -82,6 +83,7 @@ def test_lossy_codecs_stay_within_their_error_for_any_numbers(name: str, head: l
     assert (np.abs(through(name, values) - values) <= allowed + tiny).all()
 
 
+@settings(deadline=None)
 @given(st.sampled_from(CODECS), st.binary(max_size=200), st.integers(0, 300))
 def test_garbage_is_refused(name: str, data: bytes, num_bytes: int) -> None:
     with pytest.raises(CodecError):

@@ -42,7 +42,7 @@ def test_after_everything_was_killed_the_disk_still_has_it(tmp_path: Path) -> No
         blocks = store_prompt(server)
     with serving(tmp_path, ARENA_BYTES, disk_of(tmp_path)) as server:
         assert server.figures()["blocks"] == 0, "another arena"
-        instance = Instance(server.socket)
+        instance = Instance(server.socket, budget_s=5.0)
         assert instance.arrive("second", (*PROMPT, 4)) == 3 * BLOCK_SIZE
         loaded = instance.load("second", 3 * BLOCK_SIZE, [9, 4, 7])
         assert (loaded.why, loaded.tiers) == ("", {"disk": 3})
@@ -60,7 +60,7 @@ def test_a_disk_with_a_codec_gives_back_the_same_blocks_from_fewer_bytes(tmp_pat
         figures = server.figures()
         assert 0 < figures["disk_encoded_bytes"] < 0.5 * figures["disk_put_bytes"]
     with serving(tmp_path, ARENA_BYTES, disk_of(tmp_path), "codec=zstd") as server:
-        instance = Instance(server.socket)
+        instance = Instance(server.socket, budget_s=5.0)
         assert instance.arrive("second", PROMPT) == 3 * BLOCK_SIZE
         loaded = instance.load("second", 3 * BLOCK_SIZE, [9, 4, 7])
         assert (loaded.why, loaded.tiers) == ("", {"disk": 3})
@@ -73,7 +73,7 @@ def test_a_lossy_disk_says_by_its_name_that_its_blocks_are_not_exact(tmp_path: P
     with serving(tmp_path, ARENA_BYTES, disk_of(tmp_path), "codec=int8") as server:
         blocks = store_prompt(server, "disk-int8_blocks", shape, prompt)
     with serving(tmp_path, ARENA_BYTES, disk_of(tmp_path), "codec=int8") as server:
-        instance = Instance(server.socket)
+        instance = Instance(server.socket, budget_s=5.0)
         assert instance.arrive("second", prompt) == 3 * BLOCK_SIZE
         loaded = instance.load("second", 3 * BLOCK_SIZE, [9, 4, 7])
         assert (loaded.why, loaded.tiers) == ("", {"disk-int8": 3})
@@ -81,6 +81,11 @@ def test_a_lossy_disk_says_by_its_name_that_its_blocks_are_not_exact(tmp_path: P
             before, after = (np.frombuffer(part, "<f4") for part in (block, instance.engine.block(block_id)))
             assert not np.array_equal(before, after)
             assert np.abs(before - after).max() <= np.abs(before).max() / 250
+        assert instance.arrive("third", prompt) == 3 * BLOCK_SIZE
+        assert instance.load("third", 3 * BLOCK_SIZE, [1, 2, 3]).tiers == {"host-int8": 3}, "the arena knows it too"
+        server.kill()
+        server.start()
+        assert server.figures()["blocks"] == 0, "nobody would know any more that they are not exact"
         instance.close()
 
 
@@ -101,7 +106,7 @@ def test_a_flipped_bit_on_the_disk_is_a_miss_and_ends_the_prefix_there(tmp_path:
     content[-100] ^= 1
     path.write_bytes(content)
     with serving(tmp_path, ARENA_BYTES, disk_of(tmp_path)) as server:
-        instance = Instance(server.socket)
+        instance = Instance(server.socket, budget_s=5.0)
         assert instance.arrive("second", PROMPT) == BLOCK_SIZE
         assert instance.load("second", BLOCK_SIZE, [0]).why == ""
         assert server.figures()["disk_corrupt"] == 1
@@ -110,7 +115,7 @@ def test_a_flipped_bit_on_the_disk_is_a_miss_and_ends_the_prefix_there(tmp_path:
 
 def test_a_redis_that_is_not_there_costs_a_moment_and_no_block(tmp_path: Path) -> None:
     with serving(tmp_path, ARENA_BYTES, "redis://127.0.0.1:9/0") as server:
-        instance = Instance(server.socket)
+        instance = Instance(server.socket, budget_s=5.0)
         for number in range(5):
             request = f"r{number}"
             assert instance.arrive(request, (10 + number,)) == 0
@@ -133,7 +138,7 @@ def test_another_host_finds_it_in_redis_and_one_of_two_servers_may_die(tmp_path:
             blocks = store_prompt(server, "redis_puts")
         servers[0].kill()
         with serving(tmp_path, ARENA_BYTES, *tiers) as server:
-            instance = Instance(server.socket)
+            instance = Instance(server.socket, budget_s=5.0)
             assert instance.arrive("second", PROMPT) == 3 * BLOCK_SIZE
             loaded = instance.load("second", 3 * BLOCK_SIZE, [9, 4, 7])
             assert (loaded.why, loaded.tiers) == ("", {"redis": 3})
@@ -153,7 +158,7 @@ def test_with_write_back_a_server_that_is_stopped_leaves_what_it_had_on_the_disk
         server.process.terminate()
         assert server.process.wait(10) == 0
     with serving(tmp_path, ARENA_BYTES, disk_of(tmp_path), "write=back") as server:
-        instance = Instance(server.socket)
+        instance = Instance(server.socket, budget_s=5.0)
         assert instance.arrive("second", PROMPT) == 3 * BLOCK_SIZE
         assert instance.load("second", 3 * BLOCK_SIZE, [9, 4, 7]).tiers == {"disk": 3}
         assert [instance.engine.block(block_id) for block_id in (9, 4, 7)] == blocks
@@ -163,7 +168,7 @@ def test_with_write_back_a_server_that_is_stopped_leaves_what_it_had_on_the_disk
 def test_with_admit_second_only_what_was_found_again_reaches_the_disk(tmp_path: Path) -> None:
     with serving(tmp_path, ARENA_BYTES, disk_of(tmp_path), "admit=second") as server:
         store_prompt(server, "blocks")
-        instance = Instance(server.socket)
+        instance = Instance(server.socket, budget_s=5.0)
         assert instance.arrive("second", PROMPT[:2]) == 2 * BLOCK_SIZE
         until(lambda: server.figures()["disk_blocks"] == 2, what="the blocks that were found")
         instance.finish("second")

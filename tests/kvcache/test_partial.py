@@ -29,7 +29,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def instance(server: Server) -> Iterator[Instance]:
-    made = Instance(server.socket)
+    made = Instance(server.socket, budget_s=5.0)
     yield made
     made.close()
 
@@ -98,12 +98,12 @@ def test_an_end_that_was_never_computed_gives_its_place_back(instance: Instance,
 def test_after_everything_was_killed_the_disk_gives_the_whole_prompt_back(tmp_path: Path) -> None:
     word = f"disk={tmp_path}/disk:{100 * BLOCK_BYTES}"
     with serving(tmp_path, 32 * BLOCK_BYTES, word) as server:
-        instance = Instance(server.socket)
+        instance = Instance(server.socket, budget_s=5.0)
         blocks = store(instance, PROMPT, TAIL)
         until(lambda: server.figures()["disk_blocks"] == 3, what="the blocks on the disk")
         instance.close()
     with serving(tmp_path, 32 * BLOCK_BYTES, word) as server:
-        instance = Instance(server.socket)
+        instance = Instance(server.socket, budget_s=5.0)
         assert instance.arrive("second", PROMPT, TAIL) == FULL + len(TAIL) - 1
         loaded = instance.load("second", FULL + len(TAIL) - 1, [9, 4, 7])
         assert (loaded.why, loaded.tiers) == ("", {"disk": 3})

@@ -50,7 +50,7 @@ def peer_word(server: Server) -> str:
 def compute(server: Server, numbers: tuple[int, ...] = PROMPT) -> list[bytes]:
     """One instance computes these blocks and ends; returns their bytes once the arena has them."""
     before = server.figures()["committed_blocks"]
-    instance = Instance(server.socket)
+    instance = Instance(server.socket, budget_s=5.0)
     assert instance.arrive("compute", numbers) == 0
     blocks = [instance.engine.fill(index, number) for index, number in enumerate(numbers)]
     assert instance.compute("compute", numbers, len(numbers)) == len(numbers)
@@ -66,7 +66,7 @@ def knows(server: Server, num_blocks: int) -> None:
 
 def check_hits(server: Server, blocks: list[bytes], tier: str = "peer", numbers: tuple[int, ...] = PROMPT) -> None:
     """A request for these blocks gets exactly their bytes, from that tier."""
-    instance = Instance(server.socket)
+    instance = Instance(server.socket, budget_s=5.0)
     assert instance.arrive("hit", (*numbers, 99)) == len(blocks) * BLOCK_SIZE
     loaded = instance.load("hit", len(blocks) * BLOCK_SIZE, list(range(8, 8 + len(blocks))))
     assert (loaded.why, loaded.tiers) == ("", {tier: len(blocks)})
@@ -93,7 +93,7 @@ def test_what_one_host_computed_before_and_after_they_met_the_other_finds(start:
 
 def check_misses(server: Server, numbers: tuple[int, ...] = PROMPT) -> float:
     """A request for these blocks finds nothing, and goes on; the seconds that its look-up took."""
-    instance = Instance(server.socket)
+    instance = Instance(server.socket, budget_s=5.0)
     begun_s = time.monotonic()
     assert instance.arrive("miss", numbers) == 0
     waited_s = time.monotonic() - begun_s
@@ -138,7 +138,7 @@ def test_a_peer_that_is_killed_while_a_prompt_is_read_costs_the_rest_of_it(start
     knows(b, 3)
     assert a.process is not None
     os.kill(a.process.pid, signal.SIGSTOP)  # what is asked for now is under way when it is killed
-    instance = Instance(b.socket)
+    instance = Instance(b.socket, budget_s=5.0)
     prompt = instance.prompt("caught", PROMPT)
     instance.reader.arrive(prompt, reserve=True)
     until(lambda: b.figures()["reserved_bytes"] > 0, what="places for what is coming")
@@ -173,7 +173,7 @@ def test_a_hung_peer_delays_a_look_up_for_a_bounded_time_and_is_bypassed(start: 
 
 def _probes(server: Server) -> bool:
     """One more request, which the breaker may let through."""
-    instance = Instance(server.socket)
+    instance = Instance(server.socket, budget_s=5.0)
     num_found = instance.arrive("probe", PROMPT, computes=False)
     instance.finish("probe")
     instance.close()
