@@ -1,6 +1,6 @@
 """What `--cache` says, parsed: an arena and the tiers below it, or the socket of a server that runs already.
 
-8GiB,listen=10.0.0.5:7600,peer=10.0.0.6:7600,peer=10.0.0.7:7600,disk=/var/lib/baton:100GiB,redis://10.0.0.5:6379
+8GiB,listen=10.0.0.5:7600,peer=10.0.0.6:7600,peer=10.0.0.7:7600,disk=/var/lib/baton:100GiB,s3://bucket/kv
 │    │                    └─ tiers, the nearest first; peer= and redis:// words in a row are the servers of one tier
 │    └─ where peers may ask this arena for blocks
 └─ the arena's size
@@ -22,7 +22,7 @@ SMALLEST_BYTES = 1 << 20
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _REDIS = ("redis://", "rediss://", "unix://")
 _LISTEN, _PEER = "listen=", "peer="
-_TIERS = "disk=/FOLDER:SIZE (once), redis://HOST:PORT, peer=HOST:PORT nor listen=HOST:PORT (once)"
+_TIERS = "disk=/FOLDER:SIZE, redis://HOST:PORT, s3://BUCKET/PREFIX, peer=HOST:PORT nor listen=HOST:PORT"
 
 
 class DiskSpec(msgspec.Struct, frozen=True):
@@ -44,7 +44,13 @@ class PeersSpec(msgspec.Struct, frozen=True):
     peers: tuple[str, ...]
 
 
-TierSpec = DiskSpec | RedisSpec | PeersSpec
+class ObjectSpec(msgspec.Struct, frozen=True):
+    """A place in an object store, or in anything else that fsspec reaches."""
+
+    url: str
+
+
+TierSpec = DiskSpec | RedisSpec | PeersSpec | ObjectSpec
 
 
 class CacheSpec(msgspec.Struct, frozen=True):
@@ -129,6 +135,11 @@ def _add(tiers: list[TierSpec], word: str) -> None:
             tiers[-1] = RedisSpec((*tiers[-1].urls, word))
         else:
             tiers.append(RedisSpec((word,)))
+        return
+    if re.match(r"[a-z][a-z0-9+.-]*://", word):
+        if any(isinstance(tier, ObjectSpec) for tier in tiers):
+            raise ConfigError(f"--cache: {word!r} is one too many; blocks are kept in one store of objects")
+        tiers.append(ObjectSpec(word))
         return
     folder, _, num_bytes = word.removeprefix("disk=").rpartition(":")
     is_second = any(isinstance(tier, DiskSpec) for tier in tiers)

@@ -16,7 +16,7 @@ from core.errors import ConfigError
 from kvcache import wire
 from kvcache.client import CacheClient, ask_figures
 from kvcache.keys import join_keys
-from kvcache.spec import CacheSpec, DiskSpec, PeersSpec, RedisSpec
+from kvcache.spec import CacheSpec, DiskSpec, ObjectSpec, PeersSpec, RedisSpec
 from tests.cluster.test_command import baton
 from tests.kvcache.places import key
 from tests.poll import until
@@ -35,6 +35,11 @@ def test_tiers_below_the_arena() -> None:
     assert spec.num_bytes == 8 << 30
     both = RedisSpec(("redis://10.0.0.1:6379", "redis://10.0.0.2:6379"))
     assert spec.tiers == (DiskSpec("/mnt/kv", 100 << 30), both)
+
+
+def test_any_other_url_is_a_store_of_objects() -> None:
+    assert CacheSpec.parse("8GiB,s3://bucket/kv").tiers == (ObjectSpec("s3://bucket/kv"),)
+    assert CacheSpec.parse("8GiB,file:///mnt/nfs/kv").tiers == (ObjectSpec("file:///mnt/nfs/kv"),)
 
 
 def test_peers_are_one_tier_and_listen_is_none() -> None:
@@ -59,6 +64,7 @@ def test_peers_are_one_tier_and_listen_is_none() -> None:
         ("8GiB,peer=a:1,peer=a:1", "the peer a:1 is named twice"),
         ("8GiB,peer=a:1,disk=/x:1GiB,peer=b:1", "peer=b:1 stands apart from the other peers"),
         ("8GiB,listen=a:1,listen=b:1", "'listen=b:1' is one too many"),
+        ("8GiB,s3://b/p,file:///x", "'file:///x' is one too many"),
         ("8", "did you mean 8GiB?"),
         ("8 apples", "not a size such as 8GiB, or unix:"),
         ("unix:relative/path", "an absolute path"),

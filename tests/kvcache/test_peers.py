@@ -166,11 +166,11 @@ def test_a_hung_peer_delays_a_look_up_for_a_bounded_time_and_is_bypassed(start: 
     finally:
         os.kill(a.process.pid, signal.SIGCONT)
     until(lambda: b.figures()["peer_blocks"] == 3, what="the peer's return")
-    until(lambda: b.figures()["peer_bypassed"] == 0 or _probes(b), what="the breaker to close")
+    until(lambda: b.figures()["peer_bypassed"] == 0 or probes(b), what="the breaker to close")
     check_hits(b, blocks)
 
 
-def _probes(server: Server) -> bool:
+def probes(server: Server) -> bool:
     """One more request, which the breaker may let through."""
     instance = Instance(server.socket)
     num_found = instance.arrive("probe", PROMPT, computes=False)
