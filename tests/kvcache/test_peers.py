@@ -67,6 +67,7 @@ def knows(server: Server, num_blocks: int) -> None:
 def check_hits(server: Server, blocks: list[bytes], tier: str = "peer", numbers: tuple[int, ...] = PROMPT) -> None:
     """A request for these blocks gets exactly their bytes, from that tier."""
     instance = Instance(server.socket)
+    instance.reader._budget_s = 5.0  # also on a machine that is busy with other tests
     assert instance.arrive("hit", (*numbers, 99)) == len(blocks) * BLOCK_SIZE
     loaded = instance.load("hit", len(blocks) * BLOCK_SIZE, list(range(8, 8 + len(blocks))))
     assert (loaded.why, loaded.tiers) == ("", {tier: len(blocks)})
@@ -108,7 +109,8 @@ def test_two_hosts_ask_each_other_and_a_third_asks_both(start: Start) -> None:
     b = start("b", f"listen=127.0.0.1:{ports[1]}", f"peer=127.0.0.1:{ports[0]}")
     c = start("c", f"peer=127.0.0.1:{ports[0]}", f"peer=127.0.0.1:{ports[1]}")
     first, second = compute(a, (1, 2)), compute(b, (5, 6))
-    until(lambda: c.figures()["peer_blocks"] == 4, what="what both have")
+    for server, num_blocks in ((a, 2), (b, 2), (c, 4)):
+        knows(server, num_blocks)
     check_hits(a, second, numbers=(5, 6))
     check_hits(b, first, numbers=(1, 2))
     check_hits(c, first, numbers=(1, 2))
@@ -145,9 +147,12 @@ def test_a_peer_that_is_killed_while_a_prompt_is_read_costs_the_rest_of_it(start
     until(lambda: instance.look_up("caught", PROMPT) == 0, what="the miss")
     assert [instance.engine.fill(index, number) for index, number in enumerate(PROMPT)] == blocks
     instance.writer.arrive("caught", [key(n) for n in PROMPT], asked=True)
-    assert instance.compute("caught", PROMPT, 3) == 3, "they are computed and stored here"
+    instance.compute("caught", PROMPT, 3)
     instance.finish("caught")
     until(lambda: b.figures()["reserved_bytes"] + b.figures()["cooling_bytes"] == 0, what="every place")
+    num_found = instance.arrive("next", PROMPT) // BLOCK_SIZE
+    assert num_found + instance.compute("next", PROMPT, 3) == 3, "what was not stored then can be now"
+    instance.finish("next")
     instance.close()
 
 
