@@ -1,7 +1,7 @@
-"""The line to one other host's cache server: what it has goes to the directory, fetches go out, refusals come in.
+"""The line to one other host's cache server: what it has goes to the directory; while it is up, blocks can be read.
 
-    any thread: ask ──▶ outbox ──▶ thread ──▶ DEALER ══▶ PeerServer of the other host
-    directory ◀── Known, Changed ──┘    └── Missing, Refused, the line's end ──▶ Fetching of whoever waits
+    directory ◀── Known, Changed ── thread ── DEALER ══▶ PeerServer of the other host
+    any thread ──▶ streams: the blocks themselves        (PeerStreams, as Welcome describes them)
 
     DOWN ── connected, Welcome ──▶ UP ── silent, broken, garbage ──▶ DOWN, tried again after a pause that doubles
 
@@ -12,7 +12,6 @@ Threading: one thread per peer owns the sockets; every other method is for any t
 
 from __future__ import annotations
 
-import collections
 import os
 import threading
 from contextlib import suppress
@@ -26,7 +25,7 @@ from kvcache import peer_words as words
 from kvcache.breaker import Breaker
 from kvcache.directory import Directory
 from kvcache.keys import BlockKey, split_keys
-from kvcache.peer_landing import LandingPlaces, Landings
+from kvcache.peer_streams import PeerStreams
 
 CONNECT_TIMEOUT_S = 2.0
 SILENCE_S = 3.0
@@ -48,37 +47,17 @@ _LOST = (
 )
 
 
-class Fetching:
-    """One block that was asked for. `moved` is set when it has come, is refused, or never will come."""
-
-    def __init__(self) -> None:
-        self.moved = threading.Event()
-        self.is_missing = False
-        self.why_failed = ""
-
-    def missing(self) -> None:
-        self.is_missing = True
-        self.moved.set()
-
-    def fail(self, why: str) -> None:
-        self.why_failed = why
-        self.moved.set()
-
-
 class PeerLink:
     """The line to the cache server at `peer` (HOST:PORT), kept up until `close`."""
 
-    def __init__(self, peer: str, directory: Directory, landings: Landings, clock: Clock) -> None:
+    def __init__(self, peer: str, directory: Directory, clock: Clock) -> None:
         self.peer = peer
+        self._host = peer.rpartition(":")[0].strip("[]")
         self._directory = directory
-        self._landings = landings
         self._clock = clock
         self._lock = threading.Lock()
         self._breaker = Breaker(clock)
-        self._outbox: collections.deque[words.Fetch] = collections.deque()
-        self._waiting: dict[int, Fetching] = {}
-        self._places: LandingPlaces | None = None
-        self._last_number = 0
+        self._streams: PeerStreams | None = None
         self._pause_s = FIRST_PAUSE_S
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._closing = False
@@ -88,19 +67,19 @@ class PeerLink:
         self._thread.start()
 
     @property
-    def places(self) -> LandingPlaces | None:
-        """Where the peer may write; None while the line is down."""
-        return self._places
+    def streams(self) -> PeerStreams | None:
+        """To read blocks over; None while the line is down."""
+        return self._streams
 
     def allows(self) -> bool:
         """Whether to count on this peer now: of one whose blocks did not come, one try per pause."""
         with self._lock:
-            return self._places is not None and self._breaker.allows()
+            return self._streams is not None and self._breaker.allows()
 
     @property
     def is_well(self) -> bool:
         with self._lock:
-            return self._places is not None and not self._breaker.is_open
+            return self._streams is not None and not self._breaker.is_open
 
     def good(self) -> None:
         """A block has come."""
@@ -111,24 +90,6 @@ class PeerLink:
         """A block has not come."""
         with self._lock:
             self._breaker.bad()
-
-    def ask(self, key: BlockKey, num_bytes: int, place: tuple[int, str], fetching: Fetching) -> int:
-        """Asks for a block into `place` (index, tag). The number for `give_up`. Raises TransferError if the line is
-        down."""
-        with self._lock:
-            if self._places is None:
-                raise TransferError(f"{self.peer}: {self.why_down}")
-            self._last_number += 1
-            self._waiting[self._last_number] = fetching
-            self._outbox.append(words.Fetch(self._last_number, key, num_bytes, *place))
-            number = self._last_number
-        self._ring()
-        return number
-
-    def give_up(self, number: int) -> None:
-        """Nobody waits for this block any more."""
-        with self._lock:
-            self._waiting.pop(number, None)
 
     def close(self) -> None:
         """Hangs up and ends the thread, if the resolver lets it."""
@@ -157,46 +118,38 @@ class PeerLink:
 
     def _hang_up(self, why: str) -> None:
         with self._lock:
-            self._places, self.why_down = None, why
-            waiting, self._waiting = list(self._waiting.values()), {}
-            self._outbox.clear()
+            streams, self._streams = self._streams, None
+            self.why_down = why
         self._directory.forget(self.peer)
-        for fetching in waiting:
-            fetching.fail(f"{self.peer}: {why}")
+        if streams is not None:
+            streams.close()
 
     def _converse(self, dealer: zmq.Socket[bytes]) -> None:
         """Until the line ends, which raises, or is closed."""
-        places = self._landings.towards(self.peer.rpartition(":")[0].strip("[]"))
         monitor = _connect(dealer, f"tcp://{self.peer}")
         try:
-            dealer.send(words.encode(words.Hello(words.VERSION, places.description)), zmq.NOBLOCK)
+            dealer.send(words.encode(words.Hello(words.VERSION)), zmq.NOBLOCK)
             line = _Line(dealer, monitor, self._clock)
             while not self._closing:
                 zmq.zmq_poll([(dealer, zmq.POLLIN), (monitor, zmq.POLLIN), (self._bell, zmq.POLLIN)], TURN_MS)
                 with suppress(BlockingIOError):
                     os.eventfd_read(self._bell)
                 for word in line.take():
-                    self._hear(word, places, line)
+                    self._hear(word, line)
                 line.check()
-                self._send(line)
+                line.say_alive()
         finally:
             dealer.disable_monitor()
             monitor.close(0)
 
-    def _send(self, line: _Line) -> None:
-        while self._outbox:
-            line.say(self._outbox[0])
-            self._outbox.popleft()
-        line.say_alive()
-
-    def _hear(self, word: words.ToAsker, places: LandingPlaces, line: _Line) -> None:
+    def _hear(self, word: words.ToAsker, line: _Line) -> None:
         """Raises ProtocolError if a word is none that may come at this moment."""
         match word:
             case words.Welcome():
-                self._welcome(word, places, line)
+                self._welcome(word, line)
             case words.Alive():
                 return
-            case _ if self._places is None:
+            case _ if self._streams is None:
                 raise ProtocolError(f"{type(word).__name__} came before Welcome")
             case words.Known():
                 if word.is_first:
@@ -205,27 +158,16 @@ class PeerLink:
             case words.Changed():
                 self._directory.add(self.peer, _keys(word.added))
                 self._directory.discard(self.peer, _keys(word.removed))
-            case words.Missing() | words.Refused():
-                self._answered(word)
 
-    def _welcome(self, welcome: words.Welcome, places: LandingPlaces, line: _Line) -> None:
-        if welcome.why:
-            raise ProtocolError(welcome.why)
+    def _welcome(self, welcome: words.Welcome, line: _Line) -> None:
+        if welcome.why or welcome.version != words.VERSION or line.is_welcome:
+            raise ProtocolError(welcome.why or f"version {welcome.version}, or welcomed twice")
         line.is_welcome = True
         line.say(words.Subscribe())
         self._pause_s = FIRST_PAUSE_S
         with self._lock:
-            self._places, self.why_down = places, ""
-
-    def _answered(self, word: words.Missing | words.Refused) -> None:
-        with self._lock:
-            fetching = self._waiting.pop(word.number, None)
-        if fetching is None:
-            return
-        if isinstance(word, words.Missing):
-            fetching.missing()
-        else:
-            fetching.fail(f"{self.peer} refuses: {word.why}")
+            self._streams = PeerStreams(self._host, welcome.port, welcome.token)
+            self.why_down = ""
 
 
 class _Line:

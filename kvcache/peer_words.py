@@ -1,20 +1,21 @@
-"""The words between the cache servers of two hosts, each one MessagePack message over ZMQ.
+"""The words between the cache servers of two hosts, each one MessagePack message.
 
-    asker (DEALER) ── Hello ──────▶ holder (ROUTER)     my version, and where blocks may be written
-                   ◀── Welcome ──                       or why not
-                   ── Subscribe ──▶
-                   ◀── Known, then Changed ──           every complete block in pieces, then what came and went
-                   ── Fetch ──────▶                     the block is written over transport/, a Sealed behind it
-                   ◀── Missing, Refused ──              or it is not there, or cannot be sent
-                   ◀── Alive ────▶                      both, when there is nothing else to say
+    over ZMQ     asker (DEALER) ── Hello ──────▶ holder (ROUTER)     my version
+                                ◀── Welcome ──                       where blocks are read, or why not
+                                ── Subscribe ──▶
+                                ◀── Known, then Changed ──           every complete block, then what came and went
+                                ◀── Alive ────▶                      both, when there is nothing else to say
+    over streams asker ── Join ──▶ holder                            once per stream
+                       ── Fetch ─▶
+                       ◀── Found, the block's bytes, Sealed ──       or Missing
 
-Keys travel joined, KEY_BYTES each. Hello and Welcome keep their form in every version, so that two versions can tell
-each other apart.
+Keys travel joined, KEY_BYTES each. Hello and Welcome keep what they begin with in every version, so that two versions
+can tell each other apart.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 
@@ -22,37 +23,38 @@ from core.errors import ProtocolError
 from kvcache.keys import KEY_BYTES
 
 VERSION = 1
-"""History. 1: Hello, Welcome, Subscribe, Known, Changed, Fetch, Missing, Refused, Alive; Sealed as the notice."""
+"""History. 1: Hello, Welcome, Subscribe, Known, Changed, Alive; Join, Fetch, Found, Missing, Sealed."""
 
 MAX_KEYS = 4096
 """In one message."""
 
-MAX_DESCRIPTION_BYTES = 16 << 10
-MAX_MESSAGE_BYTES = 2 * MAX_KEYS * KEY_BYTES + (16 << 10)
+MAX_MESSAGE_BYTES = 2 * MAX_KEYS * KEY_BYTES + 4096
+MAX_ASKED_BYTES = 1024
+"""The largest message that an asker sends over ZMQ."""
 
-_Number = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
-_Digest = Annotated[int, msgspec.Meta(ge=0)]  # MessagePack has no integer beyond 64 bits
+_Number = Annotated[int, msgspec.Meta(ge=0)]  # MessagePack has no integer beyond 64 bits
 _Key = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 _Keys = Annotated[bytes, msgspec.Meta(max_length=MAX_KEYS * KEY_BYTES)]
-_Why = Annotated[str, msgspec.Meta(max_length=1024)]
+_Token = Annotated[str, msgspec.Meta(max_length=64)]
 
 
-class _Word(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=True):
+class _Word(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Base of every word."""
 
 
 class Hello(_Word, frozen=True):
-    """The first word of a connection. description: of the asker's transport, whose region 0 is where blocks land."""
+    """The first word of a connection."""
 
     version: _Number
-    description: Annotated[bytes, msgspec.Meta(max_length=MAX_DESCRIPTION_BYTES)]
 
 
 class Welcome(_Word, frozen=True):
-    """why: the refusal, empty if welcome."""
+    """why: the refusal, empty if welcome. Streams connect to `port` of the same host and join with `token`."""
 
     version: _Number
-    why: _Why = ""
+    why: Annotated[str, msgspec.Meta(max_length=1024)] = ""
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
+    token: _Token = ""
 
 
 class Subscribe(_Word, frozen=True):
@@ -73,74 +75,79 @@ class Changed(_Word, frozen=True):
     removed: _Keys
 
 
-class Fetch(_Word, frozen=True):
-    """Write this block of num_bytes into block `place` of my region 0, under this tag."""
-
-    number: _Number
-    key: _Key
-    num_bytes: Annotated[int, msgspec.Meta(ge=1, lt=1 << 40)]
-    place: _Number
-    tag: Annotated[str, msgspec.Meta(max_length=64)]
-
-
-class Missing(_Word, frozen=True):
-    """The block of Fetch(number) is not there, or has another size."""
-
-    number: _Number
-
-
-class Refused(_Word, frozen=True):
-    """The block of Fetch(number) cannot be sent."""
-
-    number: _Number
-    why: _Why
-
-
 class Alive(_Word, frozen=True):
     """There is nothing else to say."""
 
 
+class Join(_Word, frozen=True):
+    """The first word of a stream."""
+
+    token: _Token
+
+
+class Fetch(_Word, frozen=True):
+    """Send me this block, of so many bytes."""
+
+    key: _Key
+    num_bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
+
+
+class Found(_Word, frozen=True):
+    """Its bytes follow, and then Sealed."""
+
+
+class Missing(_Word, frozen=True):
+    """It is not there, or has another size."""
+
+
 class Sealed(_Word, frozen=True):
-    """The notice behind a block's bytes: the digest that its engine took, and `tier.seal` over what was sent."""
+    """The digest that its engine took, and `tier.seal` over what was sent."""
 
-    digest: _Digest
-    seal: _Digest
+    digest: _Number
+    seal: _Number
 
 
-ToHolder = Hello | Subscribe | Fetch | Alive
-ToAsker = Welcome | Known | Changed | Missing | Refused | Alive
+ToHolder = Hello | Subscribe | Alive
+ToAsker = Welcome | Known | Changed | Alive
+Asked = Join | Fetch
+Answered = Found | Missing | Sealed
 
-_BAD_INPUT = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+T = TypeVar("T")
+
 _encoder = msgspec.msgpack.Encoder()
-_holder_decoder: msgspec.msgpack.Decoder[ToHolder] = msgspec.msgpack.Decoder(ToHolder)
-_asker_decoder: msgspec.msgpack.Decoder[ToAsker] = msgspec.msgpack.Decoder(ToAsker)
-_seal_decoder: msgspec.msgpack.Decoder[Sealed] = msgspec.msgpack.Decoder(Sealed)
+_to_holder: msgspec.msgpack.Decoder[ToHolder] = msgspec.msgpack.Decoder(ToHolder)
+_to_asker: msgspec.msgpack.Decoder[ToAsker] = msgspec.msgpack.Decoder(ToAsker)
+_asked: msgspec.msgpack.Decoder[Asked] = msgspec.msgpack.Decoder(Asked)
+_answered: msgspec.msgpack.Decoder[Answered] = msgspec.msgpack.Decoder(Answered)
 
 
-def encode(word: ToHolder | ToAsker | Sealed) -> bytes:
+def encode(word: ToHolder | ToAsker | Asked | Answered) -> bytes:
     """One word as it travels."""
     return _encoder.encode(word)
 
 
 def decode_at_holder(message: bytes | memoryview) -> ToHolder:
     """Raises ProtocolError."""
-    try:
-        return _holder_decoder.decode(message)
-    except _BAD_INPUT as error:
-        raise ProtocolError(f"not a word for the holder of blocks: {error}") from error
+    return _decode(_to_holder, message)
 
 
 def decode_at_asker(message: bytes | memoryview) -> ToAsker:
     """Raises ProtocolError."""
-    try:
-        return _asker_decoder.decode(message)
-    except _BAD_INPUT as error:
-        raise ProtocolError(f"not a word of a holder of blocks: {error}") from error
+    return _decode(_to_asker, message)
 
 
-def decode_sealed(notice: bytes) -> Sealed:
+def decode_asked(message: bytes) -> Asked:
     """Raises ProtocolError."""
+    return _decode(_asked, message)
+
+
+def decode_answered(message: bytes) -> Answered:
+    """Raises ProtocolError."""
+    return _decode(_answered, message)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[T], message: bytes | memoryview) -> T:
     try:
-        return _seal_decoder.decode(notice)
-    except _BAD_INPUT as error:
-        raise ProtocolError(f"not the notice behind a block: {error}") from error
+        return decoder.decode(message)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"not a word between cache servers: {error}") from error

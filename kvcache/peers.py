@@ -1,31 +1,26 @@
 """Other hosts' arenas as a tier: what any of them has is read from there, nothing is put.
 
-    contains ──▶ Directory (fed by every peer's events)
-    get      ──▶ PeerLink: Fetch ══▶ holder ══ transport/ ══▶ a landing place ──▶ copied into the arena, seal compared
+    contains ──▶ Directory, fed by every peer's events (PeerLink)
+    get      ──▶ a peer that has it ══ stream ══▶ straight into the caller's memory, seal compared
 
 A wrong directory costs a miss. A peer that fails is left out by a breaker of its own, and the next one that has the
 block is asked; only when no peer is well does a call raise TierError.
 
-Memory model: see peer_landing. `get` writes into the caller's memory itself, in the caller's thread, so nothing is
-written after it has returned.
-Threading: any thread. One thread per peer, and those of the transport.
+Memory model: `get` receives into the caller's memory in the caller's thread, so nothing is written after it returned.
+Threading: any thread. One thread per peer hears what it has.
 """
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 
 from core.clock import Clock, SystemClock
-from core.errors import ProtocolError, TransferError
-from kvcache import peer_words as words
+from core.errors import TransferError
 from kvcache.directory import Directory
 from kvcache.keys import BlockKey
-from kvcache.peer_landing import PLACE_BYTES, Landings, Place
-from kvcache.peer_link import Fetching, PeerLink
-from kvcache.tier import TierError, TierFigures, seal
+from kvcache.peer_link import PeerLink
+from kvcache.tier import TierError, TierFigures
 
 FETCH_TIMEOUT_S = 1.0
 """For one block of one peer."""
@@ -44,8 +39,7 @@ class PeersTier:
     def __init__(self, peers: Sequence[str], clock: Clock | None = None) -> None:
         self._clock = clock or SystemClock()
         self._directory = Directory()
-        self._landings = Landings(self._clock)
-        self._links = {peer: PeerLink(peer, self._directory, self._landings, self._clock) for peer in peers}
+        self._links = {peer: PeerLink(peer, self._directory, self._clock) for peer in peers}
         self._lock = threading.Lock()
         self._num_corrupt = 0
         self._is_closed = False
@@ -60,7 +54,7 @@ class PeersTier:
         """See Tier. Raises TierError if the block should be there, did not come, and no other peer is well."""
         if self._is_closed:
             raise TierError("the lines to the peers are closed")
-        if not 0 < len(into) <= PLACE_BYTES:
+        if not len(into):
             return None
         deadline_s = self._clock.monotonic_s() + GET_TIMEOUT_S
         failures: dict[str, str] = {}
@@ -71,7 +65,7 @@ class PeersTier:
             try:
                 digest = self._fetch(self._links[peer], key, into, min(remaining_s, FETCH_TIMEOUT_S))
             except TransferError as error:
-                failures[peer] = str(error)
+                failures[peer] = f"{peer}: {error}"
                 self._links[peer].bad()
                 continue
             if digest is not None:
@@ -95,8 +89,8 @@ class PeersTier:
         """Nothing, likewise."""
 
     def figures(self) -> TierFigures:
-        """blocks: that the directory knows, each as often as peers have it."""
-        connected = sum(link.places is not None for link in self._links.values())
+        """blocks: that the directory knows, each as often as peers have it. connected: peers."""
+        connected = sum(link.streams is not None for link in self._links.values())
         with self._lock:
             corrupt = self._num_corrupt
         return TierFigures(blocks=len(self._directory), corrupt=corrupt, more={"connected": connected})
@@ -107,38 +101,18 @@ class PeersTier:
             self._is_closed = True
             for link in self._links.values():
                 link.close()
-            self._landings.close()
 
     def _fetch(self, link: PeerLink, key: BlockKey, into: memoryview, timeout_s: float) -> int | None:
         """The digest, or None if the peer does not have the block, or sent something else. Raises TransferError if
-        nothing came."""
-        places, fetching = link.places, Fetching()
-        if places is None:
-            raise TransferError(f"{link.peer}: {link.why_down}")
-        with places.lend(timeout_s, fetching.moved.set) as place:
-            number = link.ask(key, len(into), (place.index, place.tag), fetching)
-            try:
-                has_moved = fetching.moved.wait(timeout_s)
-            finally:
-                link.give_up(number)
-            notice = place.notice()
-            if notice is not None:
-                return self._opened(link, key, place, notice, into)
-        if fetching.is_missing:
-            self._directory.discard(link.peer, [key])
-            return None
-        raise TransferError(fetching.why_failed if has_moved else f"{link.peer}: no block within {timeout_s:.1f} s")
-
-    def _opened(self, link: PeerLink, key: BlockKey, place: Place, notice: bytes, into: memoryview) -> int | None:
-        """Copies a block to where it is wanted, and looks there whether it is what was sealed."""
-        link.good()
-        target = ctypes.addressof(ctypes.c_char.from_buffer(into))
-        ctypes.memmove(target, place.address, len(into))
-        with suppress(ProtocolError):
-            sealed = words.decode_sealed(notice)
-            if seal(key, sealed.digest, into) == sealed.seal:
-                return sealed.digest
-        with self._lock:
-            self._num_corrupt += 1
+        nothing whole came in time."""
+        streams = link.streams
+        if streams is None:
+            raise TransferError(link.why_down)
+        arrived = streams.fetch(key, into, timeout_s)
+        if arrived is not None and arrived.is_sound:
+            link.good()
+            return arrived.digest
         self._directory.discard(link.peer, [key])
+        with self._lock:
+            self._num_corrupt += arrived is not None
         return None

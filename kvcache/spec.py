@@ -30,7 +30,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _REDIS = ("redis://", "rediss://", "unix://")
 _CODEC = "codec="
 _LISTEN, _PEER = "listen=", "peer="
-_TIERS = "disk=/FOLDER:SIZE (once), redis://HOST:PORT, peer=HOST:PORT nor listen=HOST:PORT (once)"
+_TIERS = "disk=/FOLDER:SIZE, redis://HOST:PORT, s3://BUCKET/PREFIX, peer=HOST:PORT nor listen=HOST:PORT"
 
 
 class DiskSpec(msgspec.Struct, frozen=True):
@@ -55,7 +55,14 @@ class PeersSpec(msgspec.Struct, frozen=True):
     codec: str = "raw"
 
 
-TierSpec = DiskSpec | RedisSpec | PeersSpec
+class ObjectSpec(msgspec.Struct, frozen=True):
+    """A place in an object store, or in anything else that fsspec reaches. codec: by its name."""
+
+    url: str
+    codec: str = "raw"
+
+
+TierSpec = DiskSpec | RedisSpec | PeersSpec | ObjectSpec
 
 
 class CacheSpec(msgspec.Struct, frozen=True):
@@ -128,7 +135,7 @@ def _rules_of(options: dict[str, str], *, has_tiers: bool) -> Rules:
     for option in ("write", "admit"):
         if option in options and not has_tiers:
             raise ConfigError(
-                f"--cache: {option}={options[option]} is for the tiers below the arena, and there is none that is written"
+                f"--cache: {option}={options[option]} is for written tiers below the arena, and there is none"
             )
     return Rules(
         policy=rules.policy_named(options.get("policy", "lru")),
@@ -142,7 +149,7 @@ def _rules_of(options: dict[str, str], *, has_tiers: bool) -> Rules:
 def _refuse_leak(tiers: Sequence[TierSpec], listen: str) -> None:
     """What is computed after a rounded block is not exact either: hosts that have not asked for it must not get it."""
     lossy = next((tier.codec for tier in tiers if tier.codec in LOSSY), "")
-    shared = next((tier.urls[0] for tier in tiers if isinstance(tier, RedisSpec) and tier.codec not in LOSSY), "")
+    shared = next((_place(tier) for tier in tiers if _place(tier) and tier.codec not in LOSSY), "")
     said = f"--cache: codec={lossy} is not exact, nor is what is computed after its blocks, and"
     if lossy and shared:
         raise ConfigError(
@@ -151,6 +158,17 @@ def _refuse_leak(tiers: Sequence[TierSpec], listen: str) -> None:
         )
     if lossy and listen:
         raise ConfigError(f"{said} listen={listen} would give that to peers as exact: leave one of the two out")
+
+
+def _place(tier: TierSpec) -> str:
+    """Where other hosts find what this tier keeps; empty if they do not."""
+    match tier:
+        case RedisSpec():
+            return tier.urls[0]
+        case ObjectSpec():
+            return tier.url
+        case _:
+            return ""
 
 
 def _encode(tiers: list[TierSpec], word: str, before: str) -> None:
@@ -205,6 +223,11 @@ def _add(tiers: list[TierSpec], word: str, before: str) -> None:
             tiers[-1] = RedisSpec((*tiers[-1].urls, word))
         else:
             tiers.append(RedisSpec((word,)))
+        return
+    if re.match(r"[a-z][a-z0-9+.-]*://", word):
+        if any(isinstance(tier, ObjectSpec) for tier in tiers):
+            raise ConfigError(f"--cache: {word!r} is one too many; blocks are kept in one store of objects")
+        tiers.append(ObjectSpec(word))
         return
     folder, _, num_bytes = word.removeprefix("disk=").rpartition(":")
     is_second = any(isinstance(tier, DiskSpec) for tier in tiers)

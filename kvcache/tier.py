@@ -79,6 +79,10 @@ class Tier(Protocol):
 
 def seal(key: BlockKey, digest: int, block: bytes | memoryview) -> int:
     """The checksum that is kept beside a block: xxh3-64 over its bytes, then over key, digest and length."""
-    body = xxhash.xxh3_64_intdigest(block)
-    head = key + digest.to_bytes(8, "little") + len(block).to_bytes(8, "little") + body.to_bytes(8, "little")
+    return seal_of(key, digest, len(block), xxhash.xxh3_64_intdigest(block))
+
+
+def seal_of(key: BlockKey, digest: int, num_bytes: int, body: int) -> int:
+    """The same where the bytes' own xxh3-64 is known already."""
+    head = key + digest.to_bytes(8, "little") + num_bytes.to_bytes(8, "little") + body.to_bytes(8, "little")
     return xxhash.xxh3_64_intdigest(head)

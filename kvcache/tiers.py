@@ -7,7 +7,7 @@ from pathlib import Path
 from core.clock import Clock
 from kvcache.codecs import make_codec
 from kvcache.shape import KnownShapes
-from kvcache.spec import DiskSpec, PeersSpec, RedisSpec, TierSpec
+from kvcache.spec import DiskSpec, ObjectSpec, PeersSpec, RedisSpec, TierSpec
 from kvcache.tier import Tier
 
 
@@ -36,3 +36,7 @@ def _make_plain(spec: TierSpec, clock: Clock) -> Tier:
             from kvcache.peers import PeersTier
 
             return PeersTier(spec.peers, clock)
+        case ObjectSpec():
+            from kvcache.object_tier import ObjectTier
+
+            return ObjectTier(spec.url, clock)

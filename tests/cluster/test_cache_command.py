@@ -17,7 +17,7 @@ from kvcache import wire
 from kvcache.client import CacheClient, ask_figures
 from kvcache.keys import join_keys
 from kvcache.rules import Admit, Rules, Write
-from kvcache.spec import CacheSpec, DiskSpec, PeersSpec, RedisSpec
+from kvcache.spec import CacheSpec, DiskSpec, ObjectSpec, PeersSpec, RedisSpec
 from tests.cluster.test_command import baton
 from tests.kvcache.places import key
 from tests.poll import until
@@ -55,6 +55,11 @@ def test_rules_stand_anywhere_after_the_size() -> None:
     assert [CacheSpec.parse(f"8GiB,ttl={text}").rules.ttl_s for text in ("90s", "1.5m", "2d")] == [90, 90, 172800]
 
 
+def test_any_other_url_is_a_store_of_objects() -> None:
+    assert CacheSpec.parse("8GiB,s3://bucket/kv").tiers == (ObjectSpec("s3://bucket/kv"),)
+    assert CacheSpec.parse("8GiB,file:///mnt/nfs/kv").tiers == (ObjectSpec("file:///mnt/nfs/kv"),)
+
+
 def test_peers_are_one_tier_and_listen_is_none() -> None:
     spec = CacheSpec.parse("8GiB,listen=10.0.0.5:7600,peer=10.0.0.6:7600,peer=[fd00::7]:7600,disk=/mnt/kv:1GiB")
     assert spec.listen == "10.0.0.5:7600"
@@ -71,7 +76,7 @@ def test_peers_are_one_tier_and_listen_is_none() -> None:
         ("8GiB,quota=lots", "'lots' is not a size such as 2GiB, for each tenant"),
         ("8GiB,disk=/x:1GiB,write=behind", "write=behind is none of through, back"),
         ("8GiB,disk=/x:1GiB,admit=third", "admit=third is none of all, second"),
-        ("8GiB,write=back", "for the tiers below the arena, and there is none that is written"),
+        ("8GiB,write=back", "for written tiers below the arena, and there is none"),
         ("8GiB,ttl=1h,ttl=2h", "ttl= stands there twice"),
         ("8GiB,disk=/x:1GiB,write=back,admit=second", "admit=second writes a block when it is used again"),
         ("8GiB,polcy=lru", "nor one of policy, ttl, quota, write, admit=..."),
@@ -95,8 +100,10 @@ def test_peers_are_one_tier_and_listen_is_none() -> None:
         ("8GiB,peer=a:1,peer=a:1", "the peer a:1 is named twice"),
         ("8GiB,peer=a:1,disk=/x:1GiB,peer=b:1", "peer=b:1 stands apart from the other peers"),
         ("8GiB,listen=a:1,disk=/x:1GiB,codec=int8", "listen=a:1 would give that to peers as exact"),
+        ("8GiB,disk=/x:1GiB,codec=int8,s3://b/p", "s3://b/p would give that to other hosts as exact"),
         ("8GiB,peer=a:1,codec=zstd", "peers give their blocks as they are"),
         ("8GiB,listen=a:1,listen=b:1", "'listen=b:1' is one too many"),
+        ("8GiB,s3://b/p,file:///x", "'file:///x' is one too many"),
         ("8", "did you mean 8GiB?"),
         ("8 apples", "not a size such as 8GiB, or unix:"),
         ("unix:relative/path", "an absolute path"),

@@ -15,7 +15,7 @@ from kvcache.index import Index
 from kvcache.keys import BlockKey
 from kvcache.peer_server import PeerServer
 from tests.kvcache.places import ledger_of
-from transport.base import Transport
+from tests.poll import until
 from transport.mapping import Mapping, make_memfd
 
 OWNER = 1
@@ -26,7 +26,7 @@ T = TypeVar("T")
 class Holder:
     """An arena, its index and a PeerServer. `call` runs something on their thread."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, arena_bytes: int, transport: Transport | None) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, arena_bytes: int) -> None:
         self._loop = loop
         self._ledger, self._ledger_memory = ledger_of(arena_bytes)
         fd = make_memfd(arena_bytes)
@@ -34,7 +34,7 @@ class Holder:
         os.close(fd)
         clock = SystemClock()
         self.index = Index(arena_bytes, self._ledger, clock)
-        self.server = PeerServer("127.0.0.1:0", self.index, self.arena, clock, transport)
+        self.server = PeerServer("127.0.0.1:0", self.index, self.arena, clock)
         self.peer = self.server.address.removeprefix("tcp://")
 
     def call(self, function: Callable[[], T]) -> T:
@@ -68,10 +68,10 @@ class Holder:
 
 
 @contextmanager
-def holding(arena_bytes: int, transport: Transport | None = None) -> Iterator[Holder]:
+def holding(arena_bytes: int) -> Iterator[Holder]:
     """Serves until the block's end, and nothing is pinned then."""
     loop = asyncio.new_event_loop()
-    holder = Holder(loop, arena_bytes, transport)
+    holder = Holder(loop, arena_bytes)
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     try:
@@ -79,7 +79,7 @@ def holding(arena_bytes: int, transport: Transport | None = None) -> Iterator[Ho
         yield holder
     finally:
         holder.call(holder.server.close)
-        assert holder.num_pinned() == 0
+        until(lambda: holder.num_pinned() == 0, what="every pin")
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10.0)
         loop.run_until_complete(_drained())

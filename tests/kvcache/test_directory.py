@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
@@ -15,12 +12,9 @@ from kvcache.change_log import Change, ChangeLog
 from kvcache.directory import Directory
 from kvcache.index import Index
 from kvcache.keys import split_keys
-from kvcache.peer_session import ServedCounts, Session, Source
+from kvcache.peer_session import Session
 from kvcache.ranges import ALIGNMENT
 from tests.kvcache.places import key, ledger_of
-from transport.base import Region
-from transport.inproc import InprocTransport
-from transport.mapping import Mapping, make_memfd
 
 CAPACITY = 12 * ALIGNMENT
 OWNER = 1
@@ -71,18 +65,10 @@ class Told(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.ledger, self.memory = ledger_of(CAPACITY)
-        clock = ManualClock()
-        self.index = Index(CAPACITY, self.ledger, clock)
+        self.index = Index(CAPACITY, self.ledger, ManualClock())
         log = ChangeLog(max_changes=8)
         self.index.on_change = log.add
-        fd = make_memfd(CAPACITY)
-        arena = Mapping(fd, CAPACITY)
-        os.close(fd)
-        transport = InprocTransport()
-        transport.register(Region(0, arena.address, CAPACITY, CAPACITY, 1))
-        self.sealers = ThreadPoolExecutor(1)
-        source = Source(self.index, arena, log, self.sealers, clock, ServedCounts())
-        self.session = Session(source, -1, transport.connect(transport.describe()), self.send)
+        self.session = Session(self.index, log, self.send, 0.0)
         self.room = 0
         self.directory = Directory()
         self.session.subscribe()
@@ -93,8 +79,6 @@ class Told(RuleBasedStateMachine):
             pass
         assert len(self.directory) == len(self.index)
         assert self.directory.prefix(self.index.keys(), ["holder"]) == len(self.index)
-        self.session.close()
-        self.sealers.shutdown()
         self.memory.close()
 
     def send(self, word: words.ToAsker) -> bool:

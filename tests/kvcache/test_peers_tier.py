@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -16,18 +16,18 @@ import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvcache import peer_server, peer_session
+from core.errors import TransferError
+from kvcache import peer_blocks, peer_server
 from kvcache import peer_words as words
 from kvcache.conformance import BLOCK_BYTES, block_of, check_source, key_of, read
 from kvcache.faulty_tier import FaultyTier, TierFaults
 from kvcache.keys import BlockKey
-from kvcache.peer_link import Fetching
+from kvcache.peer_streams import PeerStreams
 from kvcache.peers import FETCH_TIMEOUT_S, PeersTier
 from kvcache.tier import Tier, TierError
 from tests.kvcache.holder import Holder, holding
+from tests.kvcache.proxy import Proxy
 from tests.poll import until
-from transport.faulty import Faults, FaultyTransport
-from transport.zmq_tcp import ZmqTransport
 
 ARENA_BYTES = 64 * 45_056
 SLACK_S = 1.0
@@ -93,14 +93,6 @@ def test_it_still_is_when_every_call_is_late(holder: Holder, make_tier: MakeTier
     check(holder, lambda: FaultyTier(make_tier(holder), TierFaults(delay_s=0.005)))
 
 
-def test_it_still_is_over_a_transport_that_is_late() -> None:
-    transport = FaultyTransport(ZmqTransport("127.0.0.1"), Faults(delay_s=0.03))
-    with holding(ARENA_BYTES, transport) as holder:
-        tier = PeersTier([holder.peer])
-        until(lambda: connected(tier), what="the connection")
-        check(holder, lambda: tier)
-
-
 def test_blocks_from_one_byte_to_more_than_a_frame_arrive_whole(make_tier: MakeTier) -> None:
     with holding(16 << 20) as holder:
         blocks = {number: os.urandom(size) for number, size in enumerate((1, 4095, 4097, 1 << 20, (3 << 20) + 17))}
@@ -163,7 +155,7 @@ def test_a_directory_that_fell_behind_begins_again(
 ) -> None:
     keep(holder, 1)
     tier = make_tier(holder)
-    log = holder.server._source.log
+    log = holder.server._log
     monkeypatch.setattr(log, "_max_changes", 4)
 
     def many() -> None:
@@ -179,22 +171,79 @@ def test_a_directory_that_fell_behind_begins_again(
 # Faults
 
 
-def faulty(faults: Faults) -> FaultyTransport:
-    return FaultyTransport(ZmqTransport("127.0.0.1"), faults)
+@pytest.fixture
+def proxied(holder: Holder) -> Iterator[Proxy]:
+    """What peers read goes through a proxy."""
+    proxy = Proxy(holder.server.stream_port)
+    holder.server.stream_port = proxy.port
+    yield proxy
+    proxy.close()
 
 
-@pytest.mark.parametrize(
-    "faults", [Faults(flip_write=0, flip_byte=12345), Faults(truncate_write=0), Faults(drop_write=0)]
-)
-def test_what_changes_on_the_way_is_a_miss_and_is_counted(faults: Faults, make_tier: MakeTier) -> None:
-    with holding(ARENA_BYTES, faulty(faults)) as holder:
-        blocks = keep(holder, 1, 2)
-        tier = make_tier(holder)
-        assert read(tier, 1)[0] is None
-        assert tier.figures().corrupt == 1
-        assert tier.contains([key_of(1)]) == 0, "this peer is not asked for it again"
-        assert read(tier, 2) == (2, blocks[2])
-        tier.close()
+@pytest.mark.parametrize("at", [20, 5000, 39_000])
+def test_a_byte_that_changes_on_the_way_is_a_miss_and_is_counted(
+    at: int, holder: Holder, proxied: Proxy, make_tier: MakeTier
+) -> None:
+    blocks = keep(holder, 1, 2)
+    tier = make_tier(holder)
+    proxied.flip_at = at
+    assert read(tier, 1)[0] is None
+    assert tier.figures().corrupt == 1
+    assert tier.contains([key_of(1)]) == 0, "this peer is not asked for it again"
+    assert read(tier, 2) == (2, blocks[2])
+
+
+@pytest.mark.parametrize("at", [0, 1, 3, 20_000, 40_010])
+def test_a_stream_that_ends_too_early_is_an_error_and_the_next_one_works(
+    at: int, holder: Holder, proxied: Proxy, make_tier: MakeTier
+) -> None:
+    blocks = keep(holder, 1)
+    tier = make_tier(holder)
+    proxied.cut_at = at
+    with pytest.raises(TierError):
+        read(tier, 1)
+    assert read(tier, 1) == (1, blocks[1])
+    until(lambda: holder.num_pinned() == 0, what="the pin of the block that was cut")
+
+
+@pytest.mark.parametrize("garbage", [b"\0\0", b"\xff\xff" + b"x" * 70_000, b"\x03\0abc", b"\x01\0\xc1"])
+def test_a_holder_that_sends_nonsense_is_an_error(
+    garbage: bytes, holder: Holder, proxied: Proxy, make_tier: MakeTier
+) -> None:
+    keep(holder, 1)
+    tier = make_tier(holder)
+    proxied.instead = garbage
+    with pytest.raises(TierError):
+        read(tier, 1)
+
+
+def test_what_does_not_come_ends_in_bounded_time_and_nothing_is_written_afterwards(
+    holder: Holder, proxied: Proxy, make_tier: MakeTier
+) -> None:
+    blocks = keep(holder, 1)
+    tier = make_tier(holder)
+    proxied.hold_at = 10_000
+    into = bytearray(BLOCK_BYTES)
+    begun_s = time.monotonic()
+    with pytest.raises(TierError, match=r"took too long|timed out"):
+        tier.get(key_of(1), memoryview(into))
+    assert time.monotonic() - begun_s < FETCH_TIMEOUT_S + SLACK_S
+    before = bytes(into)
+    proxied.release()
+    assert read(tier, 1) == (1, blocks[1])
+    assert into == before
+    until(lambda: holder.num_pinned() == 0, what="every pin")
+
+
+def test_a_stream_that_was_idle_for_too_long_is_replaced_without_a_word(
+    holder: Holder, make_tier: MakeTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_blocks, "IDLE_S", 0.05)
+    blocks = keep(holder, 1)
+    tier = make_tier(holder)
+    for _ in range(3):
+        assert read(tier, 1) == (1, blocks[1])
+        until(lambda: not holder.server.blocks._server._streams, what="the end of the idle stream")
 
 
 def test_a_bit_that_flips_in_the_holders_arena_is_not_hidden_by_the_seal(holder: Holder, make_tier: MakeTier) -> None:
@@ -207,95 +256,60 @@ def test_a_bit_that_flips_in_the_holders_arena_is_not_hidden_by_the_seal(holder:
     assert (digest, got != block) == (1, True)
 
 
-def test_what_does_not_come_ends_in_bounded_time_on_both_sides(
-    make_tier: MakeTier, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The data comes, the notice behind it never does."""
-    monkeypatch.setattr(peer_session, "SEND_TIMEOUT_S", FETCH_TIMEOUT_S + 1.0)
-    with holding(ARENA_BYTES, faulty(Faults(drop_write=1))) as holder:
-        blocks = keep(holder, 1, 2)
-        tier = make_tier(holder)
-        into = bytearray(BLOCK_BYTES)
-        begun_s = time.monotonic()
-        with pytest.raises(TierError, match="no block within"):
-            tier.get(key_of(1), memoryview(into))
-        assert time.monotonic() - begun_s < FETCH_TIMEOUT_S + SLACK_S
-        assert into == bytes(BLOCK_BYTES), "nothing was written"
-        assert read(tier, 2) == (2, blocks[2])
-        until(lambda: holder.num_pinned() == 1, what="the pin of the block that has come")
-        until(lambda: holder.num_pinned() == 0, what="the pin of the block that is stuck")
-        until(lambda: connected(tier) == 0, what="the end of that connection")
-        until(lambda: connected(tier) == 1, what="the next one")
-        tier.close()
-
-
-def test_a_peer_whose_blocks_never_come_is_not_counted_on(make_tier: MakeTier) -> None:
-    with holding(ARENA_BYTES) as holder:
-        keep(holder, 1)
-        tier = make_tier(holder)
-        for _ in range(3):
-            tier._links[holder.peer].bad()
-        assert tier.contains([key_of(1)]) == 0
-        until(lambda: tier.contains([key_of(1)]) == 1, what="one try after the pause")
-        assert read(tier, 1)[0] == 1
-        assert tier.contains([key_of(1)]) == tier.contains([key_of(1)]) == 1, "it is well again"
-        tier.close()
-
-
-def test_late_data_does_not_reach_a_place_that_is_lent_to_another(make_tier: MakeTier) -> None:
-    """The first block leaves only after its fetch has given up; its place has another's block by then."""
-    with holding(ARENA_BYTES) as holder:
-        blocks = keep(holder, 1, 2)
-        tier = make_tier(holder)
-        places = tier._links[holder.peer].places
-        assert places is not None
-        written: list[tuple[int, str]] = []
-        with places.lend(1.0, lambda: None) as place:
-            written.append((place.index, place.tag))
-        for _ in range(16):  # every place is used again
-            assert read(tier, 2) == (2, blocks[2])
-        fetching = Fetching()
-        tier._links[holder.peer].ask(key_of(1), BLOCK_BYTES, written[0], fetching)
-        assert fetching.moved.wait(5.0)
-        assert "nothing is expected under tag" in fetching.why_failed
-        assert read(tier, 1) == (1, blocks[1])
-        tier.close()
+def test_a_peer_whose_blocks_never_come_is_not_counted_on(holder: Holder, make_tier: MakeTier) -> None:
+    keep(holder, 1)
+    tier = make_tier(holder)
+    for _ in range(3):
+        tier._links[holder.peer].bad()
+    assert tier.contains([key_of(1)]) == 0
+    until(lambda: tier.contains([key_of(1)]) == 1, what="one try after the pause")
+    assert read(tier, 1)[0] == 1
+    assert tier.contains([key_of(1)]) == tier.contains([key_of(1)]) == 1, "it is well again"
 
 
 CHILD = """
-import sys, os
-from kvcache.peers import PeersTier
+import sys
+from kvcache import peer_words as words
 from kvcache.conformance import key_of
-from tests.poll import until
-tier = PeersTier([sys.argv[1]])
-until(lambda: tier.contains([key_of(1)]))
-landing = tier._links[sys.argv[1]].places._transport
-landing._io._receiver.turn = lambda *_: None   # from now on it acknowledges nothing
+from transport.stream import Stream
+stream = Stream.connect("127.0.0.1", int(sys.argv[1]), 5.0)
+stream.send(words.encode(words.Join(sys.argv[2])), 5.0)
+stream.send(words.encode(words.Fetch(key_of(1), int(sys.argv[3]))), 5.0)
 print("asks", flush=True)
-tier.get(key_of(1), memoryview(bytearray(40_000)))
+sys.stdin.readline()
 """
 
 
-def test_pins_of_an_asker_that_is_killed_while_a_block_is_sent_come_back(holder: Holder) -> None:
-    keep(holder, 1)
-    with subprocess.Popen(
-        [sys.executable, "-c", CHILD, holder.peer],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    ) as asker:
-        assert asker.stdout is not None
-        assert asker.stdout.readline() == "asks\n"
-        until(lambda: holder.num_pinned() == 1, what="the fetch")
-        asker.send_signal(signal.SIGKILL)
-        asker.wait()
-    begun_s = time.monotonic()
-    until(lambda: holder.num_pinned() == 0, what="the pin")
-    assert time.monotonic() - begun_s < 2.0
-    until(lambda: holder.figures()["served_askers"] == 0, what="the session's end")
+@pytest.mark.parametrize("ends_by", ["death", "silence"])
+def test_pins_of_an_asker_that_dies_or_hangs_while_a_block_is_sent_come_back(
+    ends_by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_bytes = 32 << 20  # more than sockets hold
+    monkeypatch.setattr(peer_blocks, "SEND_TIMEOUT_S", 20.0 if ends_by == "death" else 0.5)
+    with holding(num_bytes * 2) as holder:
+        holder.keep(key_of(1), 1, bytes(num_bytes))
+        command = [sys.executable, "-c", CHILD, str(holder.server.stream_port), holder.server.blocks.token]
+        with subprocess.Popen(
+            [*command, str(num_bytes)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        ) as asker:
+            assert asker.stdout is not None
+            assert asker.stdout.readline() == "asks\n"
+            until(lambda: holder.num_pinned() == 1, what="the fetch")
+            if ends_by == "death":
+                asker.kill()
+            begun_s = time.monotonic()
+            until(lambda: holder.num_pinned() == 0, what="the pin")
+            assert time.monotonic() - begun_s < 2.0
+            assert holder.figures()["served_failed"] == 1
+            asker.kill()
+        assert holder.figures()["served_sending"] == 0
 
 
-def test_nobody_there_is_no_error_and_a_peer_that_comes_is_found() -> None:
+def test_nobody_there_is_no_error_and_after_close_every_get_is_one() -> None:
     with holding(ARENA_BYTES) as holder:
         peer = holder.peer
     tier = PeersTier([peer])
@@ -321,8 +335,8 @@ def stranger(holder: Holder) -> Iterator[zmq.Socket[bytes]]:
     context.destroy(0)
 
 
-def hello(version: int = words.VERSION, description: bytes = b"") -> bytes:
-    return words.encode(words.Hello(version, description))
+def hello(version: int = words.VERSION) -> bytes:
+    return words.encode(words.Hello(version))
 
 
 def test_another_version_is_refused_with_both_numbers(stranger: zmq.Socket[bytes]) -> None:
@@ -331,13 +345,6 @@ def test_another_version_is_refused_with_both_numbers(stranger: zmq.Socket[bytes
     assert isinstance(answer, words.Welcome)
     assert f"version {words.VERSION}" in answer.why
     assert "99" in answer.why
-
-
-def test_a_description_of_nothing_is_refused(stranger: zmq.Socket[bytes]) -> None:
-    stranger.send(hello(description=b"junk"))
-    answer = words.decode_at_asker(stranger.recv())
-    assert isinstance(answer, words.Welcome)
-    assert "not a zmq description" in answer.why
 
 
 def test_too_many_askers_are_refused(
@@ -355,11 +362,9 @@ def test_an_asker_that_falls_silent_is_forgotten(
     holder: Holder, stranger: zmq.Socket[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peer_server, "SILENCE_S", 0.2)
-    landing = ZmqTransport("127.0.0.1")
-    stranger.send(hello(description=landing.describe()))
-    assert words.decode_at_asker(stranger.recv()) == words.Welcome(words.VERSION)
+    stranger.send(hello())
+    assert isinstance(words.decode_at_asker(stranger.recv()), words.Welcome)
     until(lambda: holder.figures()["served_askers"] == 0, what="the session's end")
-    landing.close()
 
 
 @pytest.fixture(scope="module")
@@ -385,8 +390,8 @@ WORDS = st.sampled_from(
         hello(),
         words.encode(words.Subscribe()),
         words.encode(words.Alive()),
-        words.encode(words.Fetch(1, key_of(1), 40_000, 0, "t")),
-        words.encode(words.Fetch(1, key_of(1), 1, 1 << 40, "")),
+        words.encode(words.Join("x")),
+        words.encode(words.Fetch(key_of(1), 40_000)),
     ]
 )
 MESSAGES = st.one_of(
@@ -403,6 +408,45 @@ def test_garbage_is_counted_and_the_server_stays(
     dealer.send_multipart(parts)
     dealer.send(b"garbage")
     assert holder.figures()["served_sending"] == 0
+
+
+FRAMES = st.one_of(
+    st.binary(max_size=100),
+    st.lists(MESSAGES, max_size=3).map(lambda parts: b"".join(len(p).to_bytes(2, "little") + p for p in parts)),
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(frames=FRAMES, knows_token=st.booleans())
+def test_garbage_on_a_stream_ends_the_stream_and_nothing_else(
+    attacked: tuple[Holder, zmq.Socket[bytes]], frames: bytes, knows_token: bool
+) -> None:
+    holder, _ = attacked
+    with socket.create_connection(("127.0.0.1", holder.server.stream_port), timeout=5.0) as stream:
+        join = words.encode(words.Join(holder.server.blocks.token)) if knows_token else b""
+        with suppress(OSError):  # it has hung up by then
+            stream.sendall(len(join).to_bytes(2, "little") + join + frames)
+            stream.shutdown(socket.SHUT_WR)
+            while stream.recv(4096):
+                pass
+    assert holder.num_pinned() == 0
+
+
+def test_a_stream_without_the_token_gets_nothing(holder: Holder) -> None:
+    keep(holder, 1)
+    streams = PeerStreams("127.0.0.1", holder.server.stream_port, "guessed")
+    with pytest.raises(TransferError, match=r"ended|broke"):
+        streams.fetch(key_of(1), memoryview(bytearray(BLOCK_BYTES)), 5.0)
+    assert holder.figures()["served_blocks"] == 0
+    streams.close()
+
+
+def test_streams_are_limited(holder: Holder, make_tier: MakeTier) -> None:
+    keep(holder, 1)
+    holder.server.blocks._server._max_streams = 0
+    tier = make_tier(holder)
+    with pytest.raises(TierError):
+        read(tier, 1)
 
 
 GARBAGE = [
@@ -427,7 +471,7 @@ def test_a_holder_that_talks_nonsense_is_hung_up_on_and_costs_misses(garbage: by
     link = tier._links[f"127.0.0.1:{port}"]
     identity, _ = router.recv_multipart()
     if welcomes:
-        router.send_multipart([identity, words.encode(words.Welcome(words.VERSION))])
+        router.send_multipart([identity, words.encode(words.Welcome(words.VERSION, "", 9, "token"))])
         until(lambda: connected(tier), what="the connection")
     router.send_multipart([identity, garbage])
     until(lambda: not connected(tier) and "not been reached" not in link.why_down, what="the end of the connection")
