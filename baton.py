@@ -24,7 +24,10 @@ _BENCHMARKS = ("handoff",)
 _CACHE = {
     "serve": "Starts the cache server of this host and stays up until stopped.",
     "stats": "Shows what the cache server holds and did.",
-    "drop": "Makes the cache server forget every block.",
+    "ls": "Lists the labels: the blocks that each names, whether they are pinned, and when they expire.",
+    "pin": "Keeps a label's blocks from being evicted.",
+    "unpin": "Lets a label's blocks be evicted again.",
+    "drop": "Makes the cache server forget a label and its blocks, or every block.",
 }
 
 
@@ -70,7 +73,7 @@ _USAGE = """usage: baton COMMAND ...
 
   serve xPyD   start x prefill and y decode instances behind one OpenAI endpoint, and stay up
   instance     start one instance that joins a proxy, here or on another host
-  cache        serve, stats or drop: the host's shared KV cache by hand
+  cache        serve, stats, ls, pin, unpin, drop: the host's shared KV cache by hand
   demo         start 1P1D with the bundled model, ask a question, show its timeline, stop
   bench NAME   measure; NAME is one of: handoff
 
@@ -117,7 +120,7 @@ def _instance(arguments: Sequence[str]) -> int:
 
 
 def _cache(arguments: Sequence[str]) -> int:
-    """`baton cache serve SIZE`, `baton cache stats`, `baton cache drop`."""
+    """`baton cache serve SIZE`, `stats`, `ls`, `pin LABEL`, `unpin LABEL`, `drop [LABEL]`."""
     if not arguments or arguments[0] not in _CACHE:
         raise ConfigError(f"baton cache needs one of: {', '.join(_CACHE)}")
     name = arguments[0]
@@ -126,6 +129,8 @@ def _cache(arguments: Sequence[str]) -> int:
         parser.add_argument(
             "size", metavar="8GiB[,disk=PATH:100GiB][,redis://...]", help="of memory, and further tiers"
         )
+    if name in ("pin", "unpin", "drop"):
+        parser.add_argument("label", metavar="LABEL", nargs="?" if name == "drop" else None, help="as `ls` shows it")
     parser.add_argument("--socket", help="where it listens (one per user and host)")
     options = parser.parse(arguments[1:])
     return int(getattr(importlib.import_module("cluster.cache_command"), name)(options))

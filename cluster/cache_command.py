@@ -1,8 +1,9 @@
-"""`baton cache serve | stats | drop`: the host's KV cache by hand."""
+"""`baton cache serve | stats | ls | pin | unpin | drop`: the host's KV cache by hand."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import signal
 import sys
 import time
@@ -15,8 +16,9 @@ from cluster.progress import Progress
 from cluster.runfolder import RunFolder, default_base
 from cluster.supervisor import Supervisor
 from core.errors import BatonError, ConfigError
-from kvcache.client import ask_figures, drop_all
+from kvcache.client import ask_figures, drop_all, drop_label, labels, pin_label
 from kvcache.spec import CacheSpec
+from kvcache.wire import LabelFigures
 
 _POLL_S = 0.1
 _START_TIMEOUT_S = 20.0
@@ -62,14 +64,68 @@ def serve(options: argparse.Namespace) -> int:
 
 def stats(options: argparse.Namespace) -> int:
     """One line per figure."""
-    _show(ask_figures(options.socket or str(default_socket())))
+    _show(ask_figures(_socket_of(options)))
     return 0
+
+
+def ls(options: argparse.Namespace) -> int:
+    """One line per label, the oldest first."""
+    found = labels(_socket_of(options))
+    width = max([len("label"), *(len(label.name) for label in found)])
+    print(f"{'label':<{width}} {'tokens':>10} {'blocks':>15} {'bytes':>16} {'pinned':>6} {'expires':>9}")
+    for label in found:
+        blocks = f"{label.blocks:,}/{label.num_blocks:,}"
+        pinned = "yes" if label.pinned else "no"
+        print(
+            f"{label.name:<{width}} {label.num_tokens:>10,} {blocks:>15} {label.num_bytes:>16,} {pinned:>6} "
+            f"{_expiry(label):>9}"
+        )
+    return 0
+
+
+def pin(options: argparse.Namespace) -> int:
+    """Keeps a label's blocks. Raises ConfigError if there is no such label."""
+    return _pin(options, pinned=True)
+
+
+def unpin(options: argparse.Namespace) -> int:
+    """Lets a label's blocks be evicted. Raises ConfigError if there is no such label."""
+    return _pin(options, pinned=False)
 
 
 def drop(options: argparse.Namespace) -> int:
-    """Forgets every complete block, then shows what is left."""
-    _show(drop_all(options.socket or str(default_socket())))
+    """Forgets a label and its blocks, or every block; then shows what is left. Raises ConfigError if there is no such
+    label."""
+    socket = _socket_of(options)
+    if options.label is None:
+        _show(drop_all(socket))
+    elif drop_label(socket, options.label):
+        _show(ask_figures(socket))
+    else:
+        raise _unknown(socket, options.label)
     return 0
+
+
+def _pin(options: argparse.Namespace, *, pinned: bool) -> int:
+    socket = _socket_of(options)
+    if not pin_label(socket, options.label, pinned):
+        raise _unknown(socket, options.label)
+    return ls(options)
+
+
+def _unknown(socket: str, label: str) -> ConfigError:
+    known = [known.name for known in labels(socket)]
+    near = difflib.get_close_matches(label, known, n=1, cutoff=0.5) or known[:1]
+    hint = f"did you mean {near[0]}?" if near else "it has none: a request's ticket carries them"
+    return ConfigError(f"the cache server at {socket} has no label {label!r}; {hint}")
+
+
+def _expiry(label: LabelFigures) -> str:
+    return "never" if label.expires_in_s is None else f"{label.expires_in_s:,.0f} s"
+
+
+def _socket_of(options: argparse.Namespace) -> str:
+    return options.socket or str(default_socket())
 
 
 def _show(figures: dict[str, float]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from core.clock import SystemClock
 from core.errors import UnsupportedError
+from core.handoff import Label
 from core.layout import KVLayout
 from core.report import FromCache
 from engine.identity import adapter_identity
@@ -19,7 +20,7 @@ from engine.settings import ConnectorSettings
 from kvcache import wire
 from kvcache.arena import Arena
 from kvcache.client import CacheClient, fetch_arena
-from kvcache.keys import BlockKey, block_key, namespace
+from kvcache.keys import BlockKey, block_key, join_keys, namespace, tenant_of
 from kvcache.loader import Loader
 from kvcache.orders import CacheOrders, CacheResults, Loaded
 from kvcache.reader import Reader
@@ -59,6 +60,7 @@ class CacheScheduler:
         self, settings: ConnectorSettings, layout: KVLayout, boot_id: str, hash_algorithm: str, wake: Callable[[], None]
     ) -> None:
         self._fingerprint = layout.fingerprint()
+        self._block_size = layout.block_size
         self._hash_algorithm = hash_algorithm
         hello = wire.Hello(settings.name, boot_id, layout.block_bytes * layout.num_layers)
         clock = SystemClock()
@@ -67,15 +69,19 @@ class CacheScheduler:
         self._writer = Writer(self._client, layout.block_size, clock)
         self._keys: dict[str, list[BlockKey]] = {}
         self._spaces: dict[str, bytes] = {}
+        self._unnamed: dict[str, wire.Name] = {}
 
-    def arrived(self, request: Any, *, computes: bool) -> None:
-        """A request is new: ask what is there. computes: this instance will compute what is not."""
+    def arrived(self, request: Any, *, computes: bool, label: Label | None = None) -> None:
+        """A request is new: ask what is there. computes: this instance will compute what is not. label: names the
+        full blocks of its prompt, wherever they are computed."""
         request_id = request.request_id
         if request_id in self._keys:
             return
         keys = self._keys_of(request)
         self._reader.arrive(request_id, keys, reserve=computes)
         self._writer.arrive(request_id, keys, asked=computes)
+        if label is not None:
+            self._name(request, label, keys)
 
     def look_up(self, request: Any, found_tokens: int) -> int | None:
         """Tokens to load after those found in the engine's own cache; None: not known yet."""
@@ -117,10 +123,22 @@ class CacheScheduler:
         self._reader.finished(request_id)
         self._writer.finished(request_id)
         self._keys.pop(request_id, None)
+        unnamed = self._unnamed.pop(request_id, None)
+        if unnamed is not None:
+            self._client.send(unnamed)
 
     def close(self) -> None:
         """Hangs up: the server then takes back what is held."""
         self._client.close()
+
+    def _name(self, request: Any, label: Label, keys: Sequence[BlockKey]) -> None:
+        """Tells the server, now or, where nobody serves now, when the request ends."""
+        num_blocks = min(request.num_prompt_tokens // self._block_size, len(keys))
+        tenant = tenant_of(request.cache_salt)
+        joined, num_tokens = join_keys(keys[:num_blocks]), num_blocks * self._block_size
+        named = wire.Name(label.name, joined, num_tokens, label.ttl_s, label.pin, tenant)
+        if not self._client.send(named):
+            self._unnamed[request.request_id] = named
 
     def _keys_of(self, request: Any) -> list[BlockKey]:
         """Of the request's full blocks, as far as its tokens are known."""

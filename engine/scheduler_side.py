@@ -115,7 +115,9 @@ class SchedulerSide:
     def arrived(self, request: Any) -> None:
         """A request is new. One that P computes for us is looked for in the cache, but not stored by us."""
         if self._cache is not None:
-            self._cache.arrived(request, computes=not self._requests.of(request).awaits_peer)
+            known = self._requests.of(request)
+            label = known.ticket.label if known.ticket is not None else None
+            self._cache.arrived(request, computes=not known.awaits_peer, label=label)
 
     def num_tokens_from_outside(self, request: Any, found_tokens: int) -> int | None:
         """Tokens to take, after those found locally, from the cache and then from P; None: ask again in the next

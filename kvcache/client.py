@@ -19,8 +19,9 @@ import socket
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from typing import TypeVar
 
-from core.errors import ProtocolError, TransferError
+from core.errors import Overloaded, ProtocolError, TransferError
 from kvcache import wire
 from transport.shm_listener import peer_uid
 
@@ -29,6 +30,8 @@ CONNECT_TIMEOUT_S = 2.0
 MAX_OUTBOX_BYTES = 4 << 20
 MAX_ANSWERS = 10_000
 _RECV_BYTES = 1 << 18
+
+A = TypeVar("A")
 
 
 class CacheClient:
@@ -209,15 +212,37 @@ def fetch_arena(path: str, name: str) -> tuple[int, int, str]:
 
 def ask_figures(path: str) -> dict[str, float]:
     """The server's counters and sizes. Raises TransferError."""
-    return _ask_once(path, wire.Ask()).values
+    return _ask_once(path, wire.Figures, wire.Ask()).values
 
 
 def drop_all(path: str) -> dict[str, float]:
-    """Makes the server forget every complete block; returns its figures afterwards. Raises TransferError."""
-    return _ask_once(path, wire.Drop(), wire.Ask()).values
+    """Makes the server forget every complete block and label; returns its figures afterwards. Raises TransferError."""
+    return _ask_once(path, wire.Figures, wire.Drop(), wire.Ask()).values
 
 
-def _ask_once(path: str, *messages: wire.ToServer) -> wire.Figures:
+def labels(path: str) -> list[wire.LabelFigures]:
+    """Every label of the server, the oldest first. Raises TransferError."""
+    return _ask_once(path, wire.Labels, wire.AskLabels()).labels
+
+
+def drop_label(path: str, name: str, tenant: bytes | None = None) -> bool:
+    """Makes the server forget a label and its blocks, in the arena and below it; blocks that another label names stay.
+    tenant: whose label (keys.tenant_of); None: everybody's of that name. False if there is none. Raises
+    TransferError."""
+    return _ask_once(path, wire.Labelled, wire.DropLabel(name, tenant)).num_labels > 0
+
+
+def pin_label(path: str, name: str, pinned: bool, tenant: bytes | None = None) -> bool:
+    """Makes the server keep a label's blocks, those to come too, or let them go. False if there is none. Raises
+    Overloaded if labels would pin more than half of the arena, and TransferError."""
+    answer = _ask_once(path, wire.Labelled, wire.Pin(name, pinned, tenant))
+    if answer.why:
+        raise Overloaded(answer.why)
+    return answer.num_labels > 0
+
+
+def _ask_once(path: str, kind: type[A], *messages: wire.ToServer) -> A:
+    """The answer, of this kind, to the last of the messages."""
     try:
         connection, fd, _ = _greet(path, wire.Hello("baton cache", ""))
         os.close(fd)
@@ -226,7 +251,7 @@ def _ask_once(path: str, *messages: wire.ToServer) -> wire.Figures:
             answer = _read_one(connection)
     except (OSError, EOFError, ProtocolError) as error:
         raise TransferError(f"cannot reach the cache server at {path}: {error}") from error
-    if not isinstance(answer, wire.Figures):
+    if not isinstance(answer, kind):
         raise TransferError(f"the cache server at {path} answers {type(answer).__name__}")
     return answer
 

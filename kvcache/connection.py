@@ -13,10 +13,12 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from core.errors import ProtocolError
+from core.handoff import Label
 from kvcache import wire
 from kvcache.hierarchy import Hierarchy
 from kvcache.index import Index
-from kvcache.keys import BlockKey, split_keys
+from kvcache.keys import TENANT_BYTES, BlockKey, split_keys
+from kvcache.labels import Labels, Named
 from kvcache.ranges import aligned
 
 MAX_SEARCHES = 256
@@ -26,9 +28,10 @@ MAX_SEARCHES = 256
 class Client:
     """One connection. `send` is where answers go; `owner` is its number, which no other has had."""
 
-    def __init__(self, index: Index, hierarchy: Hierarchy, owner: int) -> None:
+    def __init__(self, index: Index, hierarchy: Hierarchy, labels: Labels, owner: int) -> None:
         self._index = index
         self._hierarchy = hierarchy
+        self._labels = labels
         self._owner = owner
         self._block_bytes = 0
         self._searching: dict[int, asyncio.Task[None]] = {}
@@ -55,7 +58,13 @@ class Client:
             case wire.Reserve():
                 self.send(wire.Granted(message.id, self._reserve(_keys(message.keys), 0)))
             case wire.Ask():
-                self.send(wire.Figures(figures(self._index, self._hierarchy)))
+                self.send(wire.Figures(figures(self._index, self._hierarchy) | label_figures(self._labels)))
+            case wire.AskLabels():
+                self.send(wire.Labels(self._labels.figures()))
+            case wire.Pin():
+                self.send(wire.Labelled(*self._labels.pin(message.label, message.tenant, pinned=message.pinned)))
+            case wire.DropLabel():
+                self._drop_label(message)
             case wire.Hello():
                 raise ProtocolError("Hello was said already")
             case _:
@@ -74,8 +83,11 @@ class Client:
                 self._index.touch(_keys(message.keys))
             case wire.Bad():
                 self._quarantine(message)
+            case wire.Name():
+                self._name(message)
             case wire.Drop():
                 keys = self._index.keys()
+                self._labels.clear()
                 self._index.drop(keys)
                 self._hierarchy.forget(keys)
 
@@ -140,6 +152,21 @@ class Client:
             self.send(wire.Found(lease))
         self._index.release(self._owner, lease)
 
+    def _name(self, message: wire.Name) -> None:
+        if not self._block_bytes:
+            raise ProtocolError("a client without blocks cannot name any")
+        if len(message.tenant) not in (0, TENANT_BYTES):
+            raise ProtocolError(f"{len(message.tenant)} bytes name no tenant")
+        label = Label(message.label, message.ttl_s, message.pin)
+        keys = tuple(_keys(message.keys))
+        self._labels.name(label, Named(message.tenant, keys, self._block_bytes, message.num_tokens))
+
+    def _drop_label(self, message: wire.DropLabel) -> None:
+        num_labels, keys = self._labels.drop(message.label, message.tenant)
+        if keys:
+            self._hierarchy.forget(keys)
+        self.send(wire.Labelled(num_labels))
+
     def _quarantine(self, message: wire.Bad) -> None:
         bad = [b.key for b in message.blocks if self._index.quarantine(b.key, b.offset, b.digest)]
         if bad:
@@ -157,6 +184,12 @@ def figures(index: Index, hierarchy: Hierarchy) -> dict[str, float]:
         values |= asdict(level.counts) | {"bypassed": int(level.is_bypassed)}
         result |= {f"{level.tier.name}_{name}": float(value) for name, value in values.items()}
     return result
+
+
+def label_figures(labels: Labels) -> dict[str, float]:
+    """What `baton cache stats` shows of them."""
+    values = {"labels": len(labels), "labels_refused": labels.refused, "labels_unpinned": labels.unpinned}
+    return {name: float(value) for name, value in values.items()}
 
 
 def _keys(joined: bytes) -> list[BlockKey]:

@@ -89,11 +89,12 @@ class Counts:
 
 @dataclass
 class _Usage:
-    """Bytes by state."""
+    """Bytes by state; pinned: those of `ready` that labels keep."""
 
     reserved: int = 0
     ready: int = 0
     cooling: int = 0
+    pinned: int = 0
 
 
 class Index:
@@ -108,6 +109,7 @@ class Index:
         self._ranges = Ranges(capacity_bytes)
         self._reserved: dict[BlockKey, Entry] = {}
         self._ready: OrderedDict[BlockKey, Entry] = OrderedDict()
+        self._kept: set[BlockKey] = set()
         self._cooling: list[Entry] = []
         self._leases: dict[tuple[int, int], Lease] = {}
         for line in ledger.lines():
@@ -185,6 +187,7 @@ class Index:
         self._ready[key] = self._reserved.pop(key)
         self.usage.reserved -= aligned(entry.num_bytes)
         self.usage.ready += aligned(entry.num_bytes)
+        self.usage.pinned += aligned(entry.num_bytes) if key in self._kept else 0
         self.counts.committed += 1
         return True
 
@@ -210,6 +213,16 @@ class Index:
         for entry in known:
             self._cool(entry)
         return len(known)
+
+    def keep(self, keys: Sequence[BlockKey]) -> None:
+        """These are not evicted, now or when they are complete, until they are let go. None of them is kept yet."""
+        self._kept.update(keys)
+        self.usage.pinned += self._ready_bytes(keys)
+
+    def let_go(self, keys: Sequence[BlockKey]) -> None:
+        """The end of `keep`; they are all kept."""
+        self._kept.difference_update(keys)
+        self.usage.pinned -= self._ready_bytes(keys)
 
     def forget_owner(self, owner: int) -> None:
         """Its connection has ended: its pins end, and its reservations after a moment in which it may still write."""
@@ -239,11 +252,17 @@ class Index:
             offset = self._ranges.take(size)
             if offset is not None:
                 return offset
-            victim = next((entry for entry in self._ready.values() if entry.pins == 0), None)
+            victim = next((entry for entry in self._ready.values() if self._may_go(entry)), None)
             if victim is None:
                 return None
             self._evict(victim)
         return None
+
+    def _may_go(self, entry: Entry) -> bool:
+        return entry.pins == 0 and entry.key not in self._kept
+
+    def _ready_bytes(self, keys: Sequence[BlockKey]) -> int:
+        return sum(aligned(entry.num_bytes) for key in keys if (entry := self._ready.get(key)) is not None)
 
     def _evict(self, entry: Entry) -> None:
         """Unpinned and complete: nobody writes it, and a reader without a pin compares digests."""
@@ -263,6 +282,7 @@ class Index:
             del self._ready[entry.key]
             self._ledger.clear(entry.key)
             self.usage.ready -= aligned(entry.num_bytes)
+            self.usage.pinned -= aligned(entry.num_bytes) if entry.key in self._kept else 0
         else:
             del self._reserved[entry.key]
             self.usage.reserved -= aligned(entry.num_bytes)

@@ -17,6 +17,7 @@ BlockKey = bytes
 """KEY_BYTES bytes, opaque."""
 
 KEY_BYTES = 16
+TENANT_BYTES = 16
 FORMAT_VERSION = 1
 """History. 1: all layers of a block one after another, K and V as the engine lays them."""
 
@@ -32,6 +33,11 @@ def namespace(fingerprint: str, hash_algorithm: str, adapter: bytes = b"") -> by
 def block_key(space: bytes, block_hash: bytes) -> BlockKey:
     """The key of one block in a namespace."""
     return hashlib.blake2b(block_hash, digest_size=KEY_BYTES, key=space).digest()
+
+
+def tenant_of(salt: str | None) -> bytes:
+    """Who a request belongs to, from its `cache_salt`: TENANT_BYTES bytes; none for requests without a salt."""
+    return hashlib.blake2b(salt.encode(), digest_size=TENANT_BYTES).digest() if salt else b""
 
 
 def join_keys(keys: Iterable[BlockKey]) -> bytes:

@@ -27,6 +27,7 @@ from kvcache import wire
 from kvcache.connection import Client
 from kvcache.hierarchy import Hierarchy
 from kvcache.index import Index
+from kvcache.labels import Labels
 from kvcache.ledger import Ledger, ledger_bytes
 from kvcache.tier import Tier
 from transport.mapping import Mapping, make_memfd
@@ -66,6 +67,7 @@ class CacheServer:
         self._clients: set[asyncio.Task[None]] = set()
         self._num_connections = 0
         self.index = Index(arena_bytes, self._ledger, clock)
+        self.labels = Labels(self.index, clock)
         self.hierarchy = Hierarchy(tiers, self.index, self._arena, clock)
 
     async def serve(self) -> None:
@@ -116,7 +118,7 @@ class CacheServer:
     async def _serve_client(self, connection: socket.socket, owner: int) -> None:
         """One client, from its descriptor to its end. Its garbage ends this connection and nothing else."""
         writer = None
-        client = Client(self.index, self.hierarchy, owner)
+        client = Client(self.index, self.hierarchy, self.labels, owner)
         try:
             socket.send_fds(connection, [b"b"], [self._arena_fd])
             reader, writer = await asyncio.open_connection(sock=connection, limit=wire.MAX_FRAME_BYTES)
@@ -139,6 +141,9 @@ class CacheServer:
         while True:
             await asyncio.sleep(EXPIRE_PERIOD_S)
             self.index.expire()
+            expired = self.labels.expire()
+            if expired:
+                self.hierarchy.forget(expired)
 
     def _populate(self) -> None:
         """Best effort: where memory is short, pages come when they are written."""

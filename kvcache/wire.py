@@ -14,8 +14,9 @@ import msgspec
 
 from core.errors import ProtocolError
 
-VERSION = 1
-"""History. 1: Hello, Search, Reserve, Commit, Abandon, Release, Touch, Bad, Drop, Ask."""
+VERSION = 2
+"""History. 1: Hello, Search, Reserve, Commit, Abandon, Release, Touch, Bad, Drop, Ask.
+2: labels: Name, Pin, DropLabel, AskLabels."""
 
 MAX_FRAME_BYTES = 16 << 20
 LENGTH = struct.Struct("<I")
@@ -127,6 +128,64 @@ class Drop(msgspec.Struct, frozen=True, tag=True):
     """Forget every complete block."""
 
 
+class Name(msgspec.Struct, frozen=True, tag=True):
+    """`label` speaks of these blocks, of num_tokens tokens, in the order of a prompt: they need not be complete yet.
+    Said twice is the same as once. ttl_s and pin: see core.handoff.Label. tenant: see keys.tenant_of."""
+
+    label: str
+    keys: bytes
+    num_tokens: int = 0
+    ttl_s: float = 0.0
+    pin: bool = False
+    tenant: bytes = b""
+
+
+class Pin(msgspec.Struct, frozen=True, tag=True):
+    """Pin a label's blocks, or let them go. tenant: whose label; None: everybody's of that name."""
+
+    label: str
+    pinned: bool
+    tenant: bytes | None = None
+
+
+class DropLabel(msgspec.Struct, frozen=True, tag=True):
+    """Forget a label, and its blocks in the arena and below. tenant: as Pin's."""
+
+    label: str
+    tenant: bytes | None = None
+
+
+class Labelled(msgspec.Struct, frozen=True, tag=True):
+    """How many labels Pin or DropLabel has met. why: it was not done, and why."""
+
+    num_labels: int
+    why: str = ""
+
+
+class AskLabels(msgspec.Struct, frozen=True, tag=True):
+    """Which labels are there?"""
+
+
+class LabelFigures(msgspec.Struct, frozen=True):
+    """One label. blocks, num_bytes: complete in the arena now; num_blocks, num_tokens: all that it names. pinned: it
+    keeps them. expires_in_s: seconds until they are dropped; None: never, they stay until they are evicted."""
+
+    name: str
+    blocks: int
+    num_blocks: int
+    num_tokens: int
+    num_bytes: int
+    pinned: bool
+    expires_in_s: float | None = None
+    tenant: bytes = b""
+
+
+class Labels(msgspec.Struct, frozen=True, tag=True):
+    """Every label, the oldest first."""
+
+    labels: list[LabelFigures]
+
+
 class Ask(msgspec.Struct, frozen=True, tag=True):
     """How is it going?"""
 
@@ -137,8 +196,9 @@ class Figures(msgspec.Struct, frozen=True, tag=True):
     values: dict[str, float]
 
 
-ToServer = Hello | Search | Reserve | Commit | Abandon | Release | Touch | Bad | Drop | Ask
-ToClient = Welcome | Found | Granted | Figures
+_ByHand = Drop | Ask | Pin | DropLabel | AskLabels
+ToServer = Hello | Search | Reserve | Commit | Abandon | Release | Touch | Bad | Name | _ByHand
+ToClient = Welcome | Found | Granted | Figures | Labelled | Labels
 
 _encoder = msgspec.msgpack.Encoder()
 _server_decoder: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)

@@ -61,7 +61,8 @@ def test_other_words_are_refused_with_the_form_that_is_expected(text: str, said:
     [
         (["serve", "1P1D", "--cache", "9000GiB"], "lower --kv-cache-memory-bytes or --cache"),
         (["serve", "1P1D", "--cache", "8"], "did you mean 8GiB?"),
-        (["cache"], "serve, stats, drop"),
+        (["cache"], "serve, stats, ls, pin, unpin, drop"),
+        (["cache", "pin"], "LABEL"),
         (["cache", "serve", "unix:/x"], "needs a size"),
     ],
 )
@@ -112,6 +113,28 @@ def test_serve_stats_and_drop(served: tuple[str, subprocess.Popen[str]]) -> None
     assert ["blocks", "0"] in [line.split() for line in dropped.stdout.splitlines()]
     again = baton("cache", "serve", "8MiB", "--socket", socket)
     assert (again.returncode, "already" in again.stderr) == (2, True)
+    client.close()
+
+
+def test_labels_are_listed_pinned_and_dropped(served: tuple[str, subprocess.Popen[str]]) -> None:
+    socket, _ = served
+    client = one_block_stored(socket)
+    client.send(wire.Name("contract 7", join_keys([key(1), key(2)]), num_tokens=32, ttl_s=600.0))
+    until(lambda: ask_figures(socket)["labels"] == 1, what="the label")
+    listed = baton("cache", "ls", "--socket", socket).stdout.splitlines()
+    assert listed[0].split() == ["label", "tokens", "blocks", "bytes", "pinned", "expires"]
+    assert listed[1].startswith("contract 7 ")
+    assert listed[1].split()[2:6] == ["32", "1/2", "4,096", "no"]
+    pinned = baton("cache", "pin", "contract 7", "--socket", socket)
+    assert pinned.stdout.splitlines()[1].split()[5] == "yes"
+    unpinned = baton("cache", "unpin", "contract 7", "--socket", socket)
+    assert unpinned.stdout.splitlines()[1].split()[5] == "no"
+    wrong = baton("cache", "drop", "contract", "--socket", socket)
+    assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
+    assert "did you mean contract 7?" in wrong.stderr
+    dropped = baton("cache", "drop", "contract 7", "--socket", socket)
+    assert ["blocks", "0"] in [line.split() for line in dropped.stdout.splitlines()]
+    assert ["labels", "0"] in [line.split() for line in dropped.stdout.splitlines()]
     client.close()
 
 
