@@ -1,4 +1,4 @@
-"""A client for Python: contexts that are computed ahead, generation that begins with them, templates, batches, conversations.
+"""A client for Python: contexts computed ahead, generation that begins with them, templates, batches, conversations.
 
     BatonClient, AsyncBatonClient ─▶ operations (bodies, parsing; shared) ─▶ httpx ─▶ the proxy
 

@@ -10,9 +10,9 @@ import msgspec
 class Context(msgspec.Struct, frozen=True):
     """A context as the server shows it.
 
-    endpoint: `chat` or `completion`, for which its KV was computed. tokens: of its prompt. blocks, bytes: that the cache has of
-    it now, of total_blocks; None where the cache cannot be asked. expires_at: unix seconds. note: why less is kept than was
-    asked for.
+    endpoint: `chat` or `completion`, for which its KV was computed. tokens: of its prompt. blocks, bytes: that the
+    cache has of it now, of total_blocks; None where the cache cannot be asked. expires_at: unix seconds. note: why less
+    is kept than was asked for.
     """
 
     id: str
@@ -48,7 +48,7 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Generation(msgspec.Struct, frozen=True):
-    """One answer. token_ids: if `return_token_ids` was asked for. body: the server's JSON; of a stream its last event."""
+    """One answer. token_ids: if `return_token_ids` was asked for. body: the server's JSON; of a stream its last."""
 
     text: str
     request_id: str = ""

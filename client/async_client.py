@@ -15,7 +15,7 @@ from client.connection import DEFAULT_URL, Connection, Options, answer_of, heade
 from client.conversation import AsyncConversation
 from client.errors import BatonClientError
 from client.events import EventReader
-from client.operations import A, ContextFields, Messages, Operation, Prompt, T
+from client.operations import A, ContextFields, Messages, Operation, Prompt, T, TemplateFields
 from client.templates import Template
 
 
@@ -132,9 +132,9 @@ class AsyncBatonClient:
         operation = self._ask.generate(prompt, contexts, sampling | {"stream": True})
         return await self._again(lambda: self._open(operation))
 
-    async def template(self, template: str | Messages, **fields: Unpack[ContextFields]) -> Template:
+    async def template(self, template: str | Messages, **fields: Unpack[TemplateFields]) -> Template:
         """Keeps a template; `generate(template.fill(name=value))` uses it."""
-        return Template(await self.cache_context(**(fields | {"template": template})))
+        return Template(await self.cache_context(template=template, **fields))
 
     async def batch(
         self, template: Template, variables: Sequence[Mapping[str, str]], concurrency: int = 8, **sampling: Any
@@ -151,9 +151,7 @@ class AsyncBatonClient:
 
         return list(await asyncio.gather(*(one(values) for values in variables)))
 
-    def conversation(
-        self, context: Context | str | Sequence[Context | str] = (), **sampling: Any
-    ) -> AsyncConversation:
+    def conversation(self, context: Context | str | Sequence[Context | str] = (), **sampling: Any) -> AsyncConversation:
         """A chat that begins with these contexts."""
         contexts = [context] if isinstance(context, Context | str) else list(context)
         return AsyncConversation(self, contexts, sampling)

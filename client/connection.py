@@ -1,4 +1,4 @@
-"""What both clients share of the network: options, httpx's errors in our words, and how long to wait before another try."""
+"""What both clients share of the network: options, httpx's errors in our words, the wait before another try."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _LONGEST_WAIT_S = 20.0
 
 
 class Options(TypedDict, total=False):
-    """api_key: a tenant of its own. cache_salt: whose contexts and caches, instead of the key's. model: if several are served.
-    timeout_s: how long the server may be silent (600). max_retries: on 429, 503 and refused connections (4)."""
+    """api_key: a tenant of its own. cache_salt: whose contexts and caches, instead of the key's. model: if several are
+    served. timeout_s: how long the server may be silent (600). max_retries: on 429, 503, refused connections (4)."""
 
     api_key: str | None
     cache_salt: str | None
@@ -29,7 +29,7 @@ class Options(TypedDict, total=False):
 
 
 class Connection(msgspec.Struct, frozen=True):
-    """Everything about a client that does not change. limit: connections at the same time."""
+    """Everything about a client that does not change."""
 
     url: str
     defaults: Defaults
@@ -61,8 +61,8 @@ class Connection(msgspec.Struct, frozen=True):
         """Before the next try, or None if there is none: only what was not served is asked again."""
         if attempt >= self.max_retries or not (isinstance(error, Busy) or _was_refused(error)):
             return None
-        wait_s = max(_FIRST_WAIT_S * 2**attempt, error.retry_after_s or 0.0)
-        return min(wait_s, _LONGEST_WAIT_S) * (1 + dice.random() / 4)
+        wait_s: float = max(_FIRST_WAIT_S * 2.0**attempt, error.retry_after_s or 0.0)
+        return min(wait_s, _LONGEST_WAIT_S) * (1.0 + dice.random() / 4)
 
 
 def request_of(operation: Operation[T]) -> tuple[str, str, dict[str, str], bytes | None]:

@@ -1,6 +1,6 @@
 """A conversation: the messages so far, so that each turn finds the turns before it in the cache.
 
-    contexts │ user ─ assistant │ user ─ assistant │ user ──▶ say          a turn that fails leaves no trace
+contexts │ user ─ assistant │ user ─ assistant │ user ──▶ say          a turn that fails leaves no trace
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ class _Turns:
 class Conversation(_Turns):
     """`messages`: what was said so far, the contexts left out. `last`: the last answer with all that belongs to it."""
 
-    def __init__(
-        self, client: BatonClient, contexts: Sequence[Context | str], sampling: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, client: BatonClient, contexts: Sequence[Context | str], sampling: Mapping[str, Any]) -> None:
         super().__init__(contexts, sampling)
         self._client = client
 

@@ -1,6 +1,6 @@
 """Every question to the server: what is sent, and how its answer is read. Shared by both clients; no I/O here.
 
-    cache_context(fields) ──▶ Operation[Context]: method, path, body, parse
+cache_context(fields) ──▶ Operation[Context]: method, path, body, parse
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from client.templates import Filled
 
 Messages = list[dict[str, Any]]
 Prompt = str | Messages | Filled
-"""A text (a completion, or a chat's question if it follows a chat's contexts), messages of a chat, or a filled template."""
+"""A text (of a completion, or a chat's question behind a chat's contexts), messages of a chat, or a filled template."""
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 T = TypeVar("T")
@@ -52,12 +52,9 @@ class Operation(msgspec.Struct, Generic[T], frozen=True):
             raise BatonClientError(message, answer.status, answer.headers) from error
 
 
-class ContextFields(TypedDict, total=False):
-    """What `cache_context` takes: exactly one of text, messages and template; docs/contexts.md says the rest."""
+class TemplateFields(TypedDict, total=False):
+    """What a context may have beside its content; see docs/contexts.md."""
 
-    text: str
-    messages: Messages
-    template: str | Messages
     name: str
     ttl_s: float
     pin: bool
@@ -65,6 +62,14 @@ class ContextFields(TypedDict, total=False):
     role: str
     tools: list[dict[str, Any]]
     chat_template_kwargs: dict[str, Any]
+
+
+class ContextFields(TemplateFields, total=False):
+    """What `cache_context` takes: exactly one of text, messages and template, and what TemplateFields has."""
+
+    text: str
+    messages: Messages
+    template: str | Messages
 
 
 class Defaults(msgspec.Struct, frozen=True):

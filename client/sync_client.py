@@ -16,7 +16,7 @@ from client.connection import DEFAULT_URL, Connection, Options, answer_of, heade
 from client.conversation import Conversation
 from client.errors import BatonClientError
 from client.events import EventReader
-from client.operations import A, ContextFields, Messages, Operation, Prompt, T
+from client.operations import A, ContextFields, Messages, Operation, Prompt, T, TemplateFields
 from client.templates import Template
 
 
@@ -131,9 +131,9 @@ class BatonClient:
         operation = self._ask.generate(prompt, contexts, sampling | {"stream": True})
         return self._again(lambda: self._open(operation))
 
-    def template(self, template: str | Messages, **fields: Unpack[ContextFields]) -> Template:
+    def template(self, template: str | Messages, **fields: Unpack[TemplateFields]) -> Template:
         """Keeps a template; `generate(template.fill(name=value))` uses it."""
-        return Template(self.cache_context(**(fields | {"template": template})))
+        return Template(self.cache_context(template=template, **fields))
 
     def batch(
         self, template: Template, variables: Sequence[Mapping[str, str]], concurrency: int = 8, **sampling: Any

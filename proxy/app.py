@@ -167,11 +167,11 @@ class _Generation(Response):
         self._proxy = proxy
         self._endpoint = endpoint
         self._composition = composition
-        self._headers = headers
+        self._forwarded = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record = self._proxy.records.start(new_request_id(), client_id(scope), self._endpoint.value)
-        exchange = Exchange(self._endpoint, self._composition.body, self._headers, record, send)
+        exchange = Exchange(self._endpoint, self._composition.body, self._forwarded, record, send)
         running = asyncio.create_task(self._proxy.serve(exchange, self._composition))
         watching = asyncio.create_task(_until_gone(receive))
         try:

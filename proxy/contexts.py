@@ -117,15 +117,7 @@ def messages_of(value: str | list[dict[str, Any]], role: str) -> list[dict[str, 
 
 def parse_wish(fields: dict[str, Any]) -> Wish:
     """Raises RequestRefused (400) with the field's name and what it should be."""
-    for name in fields:
-        if name not in _KNOWN:
-            near = difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_KNOWN)}"
-            raise _wrong(name[:64], f"unknown field {name[:64]!a}; {hint}")
-    try:
-        msgspec.json.encode(fields)
-    except (UnicodeEncodeError, OverflowError, msgspec.EncodeError) as error:
-        raise _wrong(None, f"a context must be plain JSON in Unicode: {ascii(str(error))[1:-1]}") from error
+    _check_fields(fields)
     name, ttl_s, pin = fields.get("name"), fields.get("ttl_s"), fields.get("pin")
     if name is not None and (not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable()):
         raise _wrong("name", f"name must be 1 to {MAX_NAME} printable characters")
@@ -134,6 +126,18 @@ def parse_wish(fields: dict[str, Any]) -> Wish:
     if pin is not None and not isinstance(pin, bool):
         raise _wrong("pin", "pin must be true or false")
     return Wish(_content(fields), name, float(ttl_s or 0.0), bool(pin))
+
+
+def _check_fields(fields: dict[str, Any]) -> None:
+    for field in fields:
+        if field not in _KNOWN:
+            near = difflib.get_close_matches(field, _KNOWN, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_KNOWN)}"
+            raise _wrong(field[:64], f"unknown field {field[:64]!a}; {hint}")
+    try:
+        msgspec.json.encode(fields)
+    except (UnicodeEncodeError, OverflowError, msgspec.EncodeError) as error:
+        raise _wrong(None, f"a context must be plain JSON in Unicode: {ascii(str(error))[1:-1]}") from error
 
 
 def _content(fields: dict[str, Any]) -> Content:
@@ -156,8 +160,8 @@ def _content(fields: dict[str, Any]) -> Content:
     rendering = {name: fields[name] for name in RENDERING if fields.get(name) is not None}
     endpoint = _endpoint(fields, is_text)
     if endpoint is Endpoint.COMPLETION and rendering.keys() - {"add_special_tokens"}:
-        wrong = min(rendering.keys() - {"add_special_tokens"})
-        raise _wrong(wrong, f'{wrong} is a field of chats; add "endpoint": "chat"')
+        chats = min(rendering.keys() - {"add_special_tokens"})
+        raise _wrong(chats, f'{chats} is a field of chats; add "endpoint": "chat"')
     return Content(kind, endpoint, value, _role(fields, kind, is_text), model, rendering)
 
 

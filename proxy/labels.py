@@ -17,7 +17,7 @@ from kvcache.wire import LabelFigures
 from proxy.errors import CacheUnreachable, RequestRefused
 
 LIMIT_S = 5.0
-_POLL_S = 0.02
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.01, 0.2
 _AT_ONCE = 4
 """Questions under way; a thread that waits for a server that hangs must not be one of very many."""
 
@@ -49,12 +49,13 @@ class Labels:
     async def complete(self, name: str, num_blocks: int, timeout_s: float) -> LabelFigures | None:
         """The label once so many of its blocks are complete, or as it is when the time is over."""
         loop = asyncio.get_running_loop()
-        end_s = loop.time() + timeout_s
+        end_s, wait_s = loop.time() + timeout_s, _FIRST_WAIT_S
         while True:
             found = (await self.figures()).get(name)
             if (found is not None and found.blocks >= num_blocks) or loop.time() >= end_s:
                 return found
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
 
     async def pin(self, name: str, pinned: bool) -> None:
         """Raises CacheUnreachable, also where the server refuses."""
