@@ -95,7 +95,7 @@ class Proxy:
         self.records = Records(clock, metrics)
         self.control = Control(settings, self.registry, self.admission, self.records, metrics)
         self._flow = Flow(settings, self.router, self.admission, self.upstream, self.records)
-        store = ContextStore(settings, clock, Journal(settings.contexts_file))
+        store = self._store = ContextStore(settings, clock, Journal(settings.contexts_file))
         self._contexts = ContextUse(store, Orders())
         ahead, labels = Ahead(self._flow, self.records), Labels(settings.cache_socket)
         self.context_routes = ContextRoutes(store, self._contexts, ahead, labels, clock)
@@ -110,6 +110,7 @@ class Proxy:
             await asyncio.wait({watching})
             await self.registry.close()
             await self.upstream.close()
+            self._store.close()
 
     def generate(self, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
         """The handler of an endpoint that is split."""

@@ -32,7 +32,10 @@ class ContextStore:
         self._settings = settings
         self._clock = clock
         self._journal = journal
-        self._contexts: dict[str, Context] = {context.id: context for context in journal.load()}
+        self._contexts: dict[str, Context] = {}
+        self._num_bytes: dict[str, int] = {}
+        for context in journal.load():
+            self._keep(context)
         self._busy: dict[tuple[Tenant, str], asyncio.Event] = {}
 
     @asynccontextmanager
@@ -77,7 +80,7 @@ class ContextStore:
         everyone, own = list(self._contexts.values()), self.of(tenant)
         for contexts, share, whose in ((own, _SHARE_OF_ONE_TENANT, "your"), (everyone, 1, "all")):
             limit, limit_bytes = self._settings.context_limit // share, self._settings.context_bytes // share
-            held = sum(context.content.num_bytes for context in contexts)
+            held = sum(self._num_bytes[context.id] for context in contexts)
             if len(contexts) >= limit or held + num_bytes > limit_bytes:
                 raise RequestRefused(
                     f"{whose} contexts may be {limit:,} with {limit_bytes:,} bytes of text; there are "
@@ -88,12 +91,21 @@ class ContextStore:
 
     def put(self, context: Context) -> None:
         """Keeps it, in place of one with the same id."""
-        self._contexts[context.id] = context
+        self._keep(context)
         self._journal.kept(context)
 
     def remove(self, context_id: str) -> None:
         if self._contexts.pop(context_id, None) is not None:
+            del self._num_bytes[context_id]
             self._journal.dropped(context_id)
+
+    def close(self) -> None:
+        """What changes from now on is not remembered after the proxy's end."""
+        self._journal.close()
+
+    def _keep(self, context: Context) -> None:
+        self._contexts[context.id] = context
+        self._num_bytes[context.id] = context.content.num_bytes
 
     def _sweep(self) -> None:
         for context in [context for context in self._contexts.values() if self._is_over(context)]:

@@ -122,3 +122,27 @@ def test_what_changes_a_prompts_beginning_is_another_rendering(fields: dict[str,
     assert (rendering_of(Endpoint.CHAT, fields, "m") == rendering_of(Endpoint.CHAT, {}, "m")) == is_same
     assert rendering_of(Endpoint.CHAT, {}, "m") != rendering_of(Endpoint.CHAT, {}, "n")
     assert rendering_of(Endpoint.CHAT, {}, "m") != rendering_of(Endpoint.COMPLETION, {}, "m")
+
+
+def test_a_context_that_is_made_again_and_again_does_not_fill_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxy.context_journal.MOST_BYTES", 1000)
+    path = tmp_path / "contexts.jsonl"
+    store = store_of(path)
+    for _ in range(100):
+        store.put(context(1))
+        store.put(context(2))
+    assert path.stat().st_size < 3000
+    assert [known.id for known in store_of(path).of(None)] == ["ctx-1", "ctx-2"]
+
+
+def test_a_full_disk_costs_the_file_and_not_the_context(capsys: pytest.CaptureFixture[str]) -> None:
+    journal = Journal("")
+    journal._path, journal._file = Path("/dev/full"), os.open("/dev/full", os.O_WRONLY)
+    store = ContextStore(Settings(), ManualClock(), Journal(""))
+    store._journal = journal
+    store.put(context(1))
+    store.put(context(2))
+    assert [known.id for known in store.of(None)] == ["ctx-1", "ctx-2"]
+    assert capsys.readouterr().err.count("contexts will not outlive this proxy: /dev/full: No space left") == 1
