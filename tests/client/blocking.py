@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from client import AsyncBatonClient, BatonClient
+from client.conversation import AsyncConversation
 
 
 class Blocking:
