@@ -98,12 +98,22 @@ def drop(options: argparse.Namespace) -> int:
     label."""
     socket = _socket_of(options)
     if options.label is None:
-        _show(drop_all(socket))
+        _drop_all(socket)
     elif drop_label(socket, options.label):
         _show(ask_figures(socket))
     else:
         raise _unknown(socket, options.label)
     return 0
+
+
+def _drop_all(socket: str) -> None:
+    before = ask_figures(socket)
+    figures = drop_all(socket)
+    _show(figures)
+    kept = [name for name, value in figures.items() if name.endswith("_uncleared") and value > before.get(name, 0)]
+    if kept or figures["clearing"]:
+        tiers = ", ".join(name.removesuffix("_uncleared") for name in kept) or "a tier"
+        raise BatonError(f"{tiers} did not forget its blocks; see the server's log, and try again")
 
 
 def _pin(options: argparse.Namespace, *, pinned: bool) -> int:

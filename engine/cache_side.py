@@ -78,8 +78,11 @@ class CacheScheduler:
         if request_id in self._keys:
             return
         keys = self._keys_of(request)
-        self._reader.arrive(request_id, keys, reserve=computes)
-        self._writer.arrive(request_id, keys, asked=computes)
+        tenant = tenant_of(request.cache_salt)
+        stores = label is not None or self._reader.pace.is_worth_storing()
+        self._reader.arrive(request_id, keys, reserve=computes and stores, tenant=tenant)
+        if stores:
+            self._writer.arrive(request_id, keys, asked=computes, tenant=tenant)
         if label is not None:
             self._name(request, label, keys)
 

@@ -30,8 +30,9 @@ def main() -> int:
     clock = SystemClock()
     try:
         text = os.environ.get(SPEC_VARIABLE)
-        tiers = [make_tier(tier, clock) for tier in CacheSpec.parse(text).tiers] if text else []
-        uvloop.run(_serve(CacheServer(fds, options.socket, clock, tiers)))
+        spec = CacheSpec.parse(text) if text else CacheSpec()
+        tiers = [make_tier(tier, clock) for tier in spec.tiers]
+        uvloop.run(_serve(CacheServer(fds, options.socket, clock, tiers, spec.rules)))
     except BatonError as error:
         print(f"baton cache: {error}", file=sys.stderr)
         return 1

@@ -17,6 +17,7 @@ import os
 import select
 import socket
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import TypeVar
@@ -29,6 +30,8 @@ RETRY_S = 0.25
 CONNECT_TIMEOUT_S = 2.0
 MAX_OUTBOX_BYTES = 4 << 20
 MAX_ANSWERS = 10_000
+DROP_TIMEOUT_S = 60.0
+_POLL_S = 0.02
 _RECV_BYTES = 1 << 18
 
 A = TypeVar("A")
@@ -80,15 +83,15 @@ class CacheClient:
         self._ring()
         return True
 
-    def search(self, keys: bytes, *, reserve: bool) -> int:
+    def search(self, keys: bytes, *, reserve: bool, tenant: bytes = b"") -> int:
         """Asks which prefix of the keys is there. The id for `take` and Release; 0 if nobody can be asked."""
         number = self._next_id()
-        return number if self.send(wire.Search(number, keys, reserve)) else 0
+        return number if self.send(wire.Search(number, keys, reserve, tenant)) else 0
 
-    def reserve(self, keys: bytes) -> int:
+    def reserve(self, keys: bytes, tenant: bytes = b"") -> int:
         """Asks which of the keys may be written. The id for `take`; 0 if nobody can be asked."""
         number = self._next_id()
-        return number if self.send(wire.Reserve(number, keys)) else 0
+        return number if self.send(wire.Reserve(number, keys, tenant)) else 0
 
     def take(self, number: int) -> wire.Found | wire.Granted | None:
         """The answer to one question, once; None while it has not come."""
@@ -216,8 +219,14 @@ def ask_figures(path: str) -> dict[str, float]:
 
 
 def drop_all(path: str) -> dict[str, float]:
-    """Makes the server forget every complete block and label; returns its figures afterwards. Raises TransferError."""
-    return _ask_once(path, wire.Figures, wire.Drop(), wire.Ask()).values
+    """Makes the server forget every complete block and label, and its tiers every block; returns its figures when that
+    is done, or DROP_TIMEOUT_S later. Raises TransferError."""
+    deadline_s = time.monotonic() + DROP_TIMEOUT_S
+    figures = _ask_once(path, wire.Figures, wire.Drop(), wire.Ask()).values
+    while figures.get("clearing", 0) and time.monotonic() < deadline_s:
+        time.sleep(_POLL_S)
+        figures = ask_figures(path)
+    return figures
 
 
 def labels(path: str) -> list[wire.LabelFigures]:

@@ -23,6 +23,7 @@ def check_tier(make: Callable[[], Tier]) -> None:
         _forgets(tier)
         _refuses_another_size(tier)
         _survives_many_at_once(tier)
+        _clears(tier)
     finally:
         tier.close()
 
@@ -85,3 +86,16 @@ def _survives_many_at_once(tier: Tier) -> None:
         found = list(pool.map(lambda number: (number, read(tier, number)), blocks))
     for number, (digest, block) in found:
         assert (digest, block) == (number, blocks[number]), f"block {number}"
+
+
+def _clears(tier: Tier) -> None:
+    tier.put(key_of(30), 30, memoryview(block_of(30)))
+    tier.clear()
+    assert tier.contains([key_of(30)]) == 0
+    assert all(read(tier, number)[0] is None for number in (1, *range(10, 26), 30)), "nothing is left"
+    block = block_of(31)
+    assert tier.put(key_of(31), 31, memoryview(block)), "a cleared tier goes on"
+    assert read(tier, 31) == (31, block)
+    tier.clear()
+    tier.clear()
+    assert tier.contains([key_of(31)]) == 0

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from core.errors import ProtocolError
 from core.handoff import Label
 from kvcache import wire
+from kvcache.counts import Reason
 from kvcache.hierarchy import Hierarchy
 from kvcache.index import Index
 from kvcache.keys import TENANT_BYTES, BlockKey, split_keys
@@ -56,13 +57,14 @@ class Client:
             case wire.Search():
                 self._search(message)
             case wire.Reserve():
-                self.send(wire.Granted(message.id, self._reserve(_keys(message.keys), 0)))
+                self.send(wire.Granted(message.id, self._reserve(_keys(message.keys), 0, _tenant(message.tenant))))
             case wire.Ask():
                 self.send(wire.Figures(figures(self._index, self._hierarchy) | label_figures(self._labels)))
             case wire.AskLabels():
                 self.send(wire.Labels(self._labels.figures()))
             case wire.Pin():
                 self.send(wire.Labelled(*self._labels.pin(message.label, message.tenant, pinned=message.pinned)))
+                self._labels.note()
             case wire.DropLabel():
                 self._drop_label(message)
             case wire.Hello():
@@ -86,10 +88,10 @@ class Client:
             case wire.Name():
                 self._name(message)
             case wire.Drop():
-                keys = self._index.keys()
                 self._labels.clear()
-                self._index.drop(keys)
-                self._hierarchy.forget(keys)
+                self._labels.note()
+                self._index.drop([entry.key for entry in self._index.entries()])
+                self._hierarchy.clear()
 
     def close(self) -> None:
         """The connection has ended: what it held comes back."""
@@ -99,6 +101,7 @@ class Client:
 
     def _search(self, message: wire.Search) -> None:
         keys = _keys(message.keys)
+        _tenant(message.tenant)
         slots = self._pin(message.id, keys, [])
         rest = keys[len(slots) :]
         if not rest or not self._hierarchy.levels or not self._block_bytes or len(self._searching) >= MAX_SEARCHES:
@@ -115,7 +118,7 @@ class Client:
         origins: list[str] = []
         if levels:
             self.send(wire.Found(message.id, slots, coming=len(levels)))
-            origins = await self._hierarchy.bring_up(rest[: len(levels)], levels, self._block_bytes)
+            origins = await self._hierarchy.bring_up(rest[: len(levels)], levels, self._block_bytes, message.tenant)
         origins = ["host"] * len(slots) + origins
         self._answer(message, keys, self._pin(message.id, keys, origins))
 
@@ -127,13 +130,15 @@ class Client:
     def _answer(self, message: wire.Search, keys: list[BlockKey], slots: list[wire.Slot]) -> None:
         self._index.counts.searched += len(keys)
         self._index.counts.found += len(slots)
-        grants = self._reserve(keys[len(slots) :], len(slots)) if message.reserve else []
+        self._index.use(keys[: len(slots)])
+        self._hierarchy.used(keys[: len(slots)])
+        grants = self._reserve(keys[len(slots) :], len(slots), message.tenant) if message.reserve else []
         self.send(wire.Found(message.id, slots, grants))
 
-    def _reserve(self, keys: list[BlockKey], first: int) -> list[wire.Grant]:
+    def _reserve(self, keys: list[BlockKey], first: int, tenant: bytes) -> list[wire.Grant]:
         if not self._block_bytes:
             raise ProtocolError("a client without blocks cannot write any")
-        granted = self._index.reserve(self._owner, keys, self._block_bytes)
+        granted = self._index.reserve(self._owner, keys, self._block_bytes, tenant)
         return [wire.Grant(first + index, offset) for index, offset in granted]
 
     def _commit(self, message: wire.Commit) -> None:
@@ -141,7 +146,7 @@ class Client:
             if self._index.commit(self._owner, block.key, block.offset, block.digest):
                 entry = self._index.get(block.key)
                 assert entry is not None, "it was committed"
-                self._hierarchy.write_down(entry)
+                self._hierarchy.committed(entry)
         self._index.touch([block.key for block in message.blocks])
 
     def _release(self, lease: int) -> None:
@@ -155,14 +160,14 @@ class Client:
     def _name(self, message: wire.Name) -> None:
         if not self._block_bytes:
             raise ProtocolError("a client without blocks cannot name any")
-        if len(message.tenant) not in (0, TENANT_BYTES):
-            raise ProtocolError(f"{len(message.tenant)} bytes name no tenant")
         label = Label(message.label, message.ttl_s, message.pin)
         keys = tuple(_keys(message.keys))
-        self._labels.name(label, Named(message.tenant, keys, self._block_bytes, message.num_tokens))
+        self._labels.name(label, Named(_tenant(message.tenant), keys, self._block_bytes, message.num_tokens))
+        self._labels.note()
 
     def _drop_label(self, message: wire.DropLabel) -> None:
         num_labels, keys = self._labels.drop(message.label, message.tenant)
+        self._labels.note()
         if keys:
             self._hierarchy.forget(keys)
         self.send(wire.Labelled(num_labels))
@@ -177,7 +182,10 @@ def figures(index: Index, hierarchy: Hierarchy) -> dict[str, float]:
     """What `baton cache stats` shows: the arena's, then each tier's with its name in front."""
     usage = {f"{name}_bytes": float(value) for name, value in asdict(index.usage).items()}
     counts = {f"{name}_blocks": float(value) for name, value in asdict(index.counts).items()}
+    counts |= {f"evicted_{reason.value}_blocks": float(index.reasons[reason]) for reason in Reason}
+    counts["dropped_blocks"] = counts.pop("evicted_drop_blocks")
     result = {"capacity_bytes": float(index.capacity_bytes), "blocks": float(len(index))} | usage | counts
+    result |= {"tenants": float(index.num_tenants), "clearing": float(hierarchy.num_clearing)}
     for level in hierarchy.levels:
         held = level.tier.figures()
         values = {"blocks": held.blocks, "bytes": held.num_bytes, "evicted": held.evicted, "corrupt": held.corrupt}
@@ -189,6 +197,7 @@ def figures(index: Index, hierarchy: Hierarchy) -> dict[str, float]:
 def label_figures(labels: Labels) -> dict[str, float]:
     """What `baton cache stats` shows of them."""
     values = {"labels": len(labels), "labels_refused": labels.refused, "labels_unpinned": labels.unpinned}
+    values["labels_unsaved"] = int(labels.unsaved)
     return {name: float(value) for name, value in values.items()}
 
 
@@ -197,3 +206,9 @@ def _keys(joined: bytes) -> list[BlockKey]:
         return split_keys(joined)
     except ValueError as error:
         raise ProtocolError(str(error)) from error
+
+
+def _tenant(named: bytes) -> bytes:
+    if len(named) not in (0, TENANT_BYTES):
+        raise ProtocolError(f"{len(named)} bytes name no tenant")
+    return named

@@ -124,6 +124,12 @@ class DiskTier:
                 if entry is not None:
                     self._forget(entry, Fate.FORGOTTEN)
 
+    def clear(self) -> None:
+        """Removes every block. Raises TierError if a file cannot be removed."""
+        with self._trouble_named("written to"):
+            while (entry := self._index.take_oldest()) is not None:
+                self._remove(entry, Fate.FORGOTTEN)
+
     def figures(self) -> TierFigures:
         """num_bytes: of all files, headers and those that are being written included."""
         return self._index.figures()

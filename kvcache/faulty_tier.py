@@ -1,8 +1,8 @@
 """Any tier, made unreliable on purpose: slow, hanging, failing, full, forgetful, or wrong by a bit.
 
 Memory model: as the wrapped tier; a flip changes one bit of the memory that `get` was given, never what is stored.
-Threading: any method from any thread. Operations (contains, get, put, delete), gets that gave a block, and puts are
-counted from 1 over all threads. Whoever waits in a delay or a hang goes on at once when the tier is closed.
+Threading: any method from any thread. Operations (contains, get, put, delete, clear), gets that gave a block, and puts
+are counted from 1 over all threads. Whoever waits in a delay or a hang goes on at once when the tier is closed.
 """
 
 from __future__ import annotations
@@ -77,6 +77,10 @@ class FaultyTier:
     def delete(self, keys: Sequence[BlockKey]) -> None:
         self._meet_faults()
         self.inner.delete(keys)
+
+    def clear(self) -> None:
+        self._meet_faults()
+        self.inner.clear()
 
     def figures(self) -> TierFigures:
         return self.inner.figures()

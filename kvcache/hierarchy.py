@@ -1,6 +1,8 @@
-"""The tiers below the arena, seen from its server: blocks go down when they are complete and come up when asked for.
+"""The tiers below the arena, seen from its server: blocks go down by the rules and come up when asked for.
 
-    Commit ──▶ queue (bounded) ──▶ every tier: put             write-through, off every engine's path
+    Commit ──▶ queue (bounded) ──▶ every tier: put             write=through, off every engine's path
+    found again ──▶ the same                                   admit=second
+    little room left ──▶ the coldest ──▶ the same ──▶ evicted  write=back: a share of the arena is kept free for it
     Search ──▶ contains, tier by tier ──▶ get into reserved places, several at once ──▶ committed ──▶ Found
 
 A tier that fails or is late is bypassed by its breaker. A thread that hangs in a device keeps its place in the arena
@@ -13,21 +15,23 @@ Threading: the server's event loop; tiers' calls run in a small pool of threads 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 from core.clock import Clock
-from kvcache.breaker import Breaker
-from kvcache.index import SERVER, Entry, Index
+from kvcache.counts import Reason
+from kvcache.index import SERVER, Entry, Index, State
 from kvcache.keys import BlockKey
-from kvcache.tier import Tier, TierError
+from kvcache.level import THREADS_PER_TIER, Level
+from kvcache.ranges import aligned
+from kvcache.rules import Admit, Write
+from kvcache.tier import Tier
 from transport.mapping import Mapping
 from transport.regions import view
 
-THREADS_PER_TIER = 4
 CONTAINS_TIMEOUT_S = 0.25
 GET_TIMEOUT_S = 2.0
 """For one block; a whole prompt's worth is bounded by what its engine is willing to wait."""
@@ -36,61 +40,23 @@ PUT_TIMEOUT_S = 10.0
 MAX_QUEUED_SHARE = 0.25
 """Of the arena, for blocks that wait to go down: they are pinned, and must not crowd out what is asked for."""
 
+CLEAR_TIMEOUT_S = 30.0
+FREE_SHARE = 1 / 16
+"""Of the arena, that write=back keeps free: blocks are written down before their room is needed, since a place for a
+new block cannot wait for a device. What is needed faster is evicted unwritten, and counted."""
+
+DRAIN_S = 3.0
+"""How long an orderly stop with write=back may write what is in the arena down."""
+
 T = TypeVar("T")
 
 
 @dataclass
-class TierCounts:
-    """One tier since the server started, in blocks and bytes."""
+class _Down:
+    """One block on its way down, pinned. reason: why it leaves the arena then; None: it stays."""
 
-    hits: int = 0
-    get_bytes: int = 0
-    get_s: float = 0.0
-    puts: int = 0
-    put_bytes: int = 0
-    dropped: int = 0
-    errors: int = 0
-
-
-class Level:
-    """One tier with its threads and its breaker."""
-
-    def __init__(self, tier: Tier, clock: Clock) -> None:
-        self.tier = tier
-        self.counts = TierCounts()
-        self._breaker = Breaker(clock)
-        self._pool = ThreadPoolExecutor(THREADS_PER_TIER, thread_name_prefix=f"baton-cache-{tier.name}")
-
-    @property
-    def is_bypassed(self) -> bool:
-        return self._breaker.is_open
-
-    def submit(self, call: Callable[[], T]) -> asyncio.Future[T] | None:
-        """Runs one call of the tier in a thread; None while the tier is bypassed."""
-        if not self._breaker.allows():
-            return None
-        return asyncio.get_running_loop().run_in_executor(self._pool, call)
-
-    async def wait(self, future: asyncio.Future[T] | None, timeout_s: float, otherwise: T) -> T:
-        """The call's result; `otherwise` if the tier failed or is late, which counts against it."""
-        if future is None:
-            return otherwise
-        try:
-            result = await asyncio.wait_for(asyncio.shield(future), timeout_s)
-        except Exception as error:  # noqa: BLE001 - a tier's mistake must cost its blocks and not the server
-            if not isinstance(error, TierError | TimeoutError):
-                print(f"tier {self.tier.name}: {type(error).__name__}: {error}", flush=True)
-            self.counts.errors += 1
-            self._breaker.bad()
-            future.add_done_callback(_forget)
-            return otherwise
-        self._breaker.good()
-        return result
-
-    def close(self) -> None:
-        """Without waiting for threads that hang."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        self.tier.close()
+    entry: Entry
+    reason: Reason | None
 
 
 class Hierarchy:
@@ -101,8 +67,13 @@ class Hierarchy:
         self._index = index
         self._arena = arena
         self._coming: dict[BlockKey, asyncio.Future[bool]] = {}
-        self._queue: asyncio.Queue[Entry] = asyncio.Queue()
+        self._unwanted: set[BlockKey] = set()
+        self._queue: asyncio.Queue[_Down] = asyncio.Queue()
         self._queued_bytes = 0
+        self._putting: dict[BlockKey, asyncio.Future[None]] = {}
+        self.num_clearing = 0
+        if self.levels and index.rules.write is Write.BACK:
+            index.retire = lambda entry: self._retire(entry, Reason.TTL)
         self._tasks: set[asyncio.Task[object]] = set()
 
     def start(self) -> None:
@@ -125,11 +96,13 @@ class Hierarchy:
                 break
         return found
 
-    async def bring_up(self, keys: Sequence[BlockKey], levels: Sequence[Level], block_bytes: int) -> list[str]:
+    async def bring_up(
+        self, keys: Sequence[BlockKey], levels: Sequence[Level], block_bytes: int, tenant: bytes
+    ) -> list[str]:
         """Brings blocks into the arena, in order; returns the tiers that gave the first of them, without a gap."""
         waiting = []
         for key, level in zip(keys, levels, strict=True):
-            coming = self._coming.get(key) or self._fetch(key, level, block_bytes)
+            coming = self._coming.get(key) or self._fetch(key, level, block_bytes, tenant)
             if coming is None:
                 break
             waiting.append((coming, level.tier.name))
@@ -140,24 +113,44 @@ class Hierarchy:
             origins.append(name)
         return origins
 
-    def write_down(self, entry: Entry) -> None:
-        """A block is complete: the tiers get it when there is time."""
-        if not self.levels:
-            return
-        if self._queued_bytes + entry.num_bytes > self._index.capacity_bytes * MAX_QUEUED_SHARE:
-            for level in self.levels:
-                level.counts.dropped += 1
-            return
-        entry.pins += 1
-        self._queued_bytes += entry.num_bytes
-        self._queue.put_nowait(entry)
+    def committed(self, entry: Entry) -> None:
+        """A block is complete: the tiers get it by the rules, when there is time."""
+        if self.levels and self._index.rules.write is Write.BACK:
+            self._make_room(entry.num_bytes)
+        elif self.levels and self._index.rules.admit is Admit.ALL:
+            self._send_down(entry)
+
+    def used(self, keys: Sequence[BlockKey]) -> None:
+        """A request has found these blocks."""
+        if self.levels and self._index.rules.admit is Admit.SECOND:
+            for key in keys:
+                entry = self._index.get(key)
+                if entry is not None and not entry.is_below:
+                    self._send_down(entry)
 
     def forget(self, keys: Sequence[BlockKey]) -> None:
-        """Blocks that turned out bad, or are not wanted any more, anywhere."""
-        wanted = list(keys)
-        for level in self.levels:
-            future = level.submit(partial(level.tier.delete, wanted))
-            self._keep(asyncio.ensure_future(level.wait(future, PUT_TIMEOUT_S, None)))
+        """Blocks that turned out bad, or are not wanted any more, anywhere. They have left the arena."""
+        forgotten = list(keys)
+        if self.levels and forgotten:
+            self._unwanted.update(key for key in forgotten if key in self._coming)
+            self._keep(asyncio.create_task(self._forget(forgotten)))
+
+    def clear(self) -> None:
+        """Forgets every block of every tier; the arena was emptied. `num_clearing` says whether it is done."""
+        if self.levels:
+            self._unwanted.update(self._coming)
+            self.num_clearing += 1
+            self._keep(asyncio.create_task(self._clear()))
+
+    async def drain(self) -> None:
+        """With write=back, before an orderly stop: what no tier has goes down, oldest first, as far as time allows."""
+        if not self.levels or self._index.rules.write is not Write.BACK:
+            return
+        for entry in self._index.entries():
+            if not entry.is_below:
+                self._queue_down(entry, None)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._queue.join(), DRAIN_S)
 
     def close(self) -> None:
         """Stops writing down; what was queued is lost for the tiers."""
@@ -166,9 +159,9 @@ class Hierarchy:
         for level in self.levels:
             level.close()
 
-    def _fetch(self, key: BlockKey, level: Level, block_bytes: int) -> asyncio.Future[bool] | None:
+    def _fetch(self, key: BlockKey, level: Level, block_bytes: int, tenant: bytes) -> asyncio.Future[bool] | None:
         """A place in the arena and a thread that fills it; None if there is no room."""
-        granted = self._index.reserve(SERVER, [key], block_bytes)
+        granted = self._index.reserve(SERVER, [key], block_bytes, tenant)
         if not granted:
             return None
         ((_, offset),) = granted
@@ -186,7 +179,10 @@ class Hierarchy:
             digest = await level.wait(future, GET_TIMEOUT_S, None)
         finally:
             self._coming.pop(key, None)
-        if digest is not None and self._index.commit(SERVER, key, offset, digest):
+            is_wanted = key not in self._unwanted
+            self._unwanted.discard(key)
+        if digest is not None and is_wanted and self._index.commit(SERVER, key, offset, digest):
+            self._came_up(key)
             level.counts.hits += 1
             level.counts.get_bytes += block_bytes
             level.counts.get_s += loop.time() - begun_s
@@ -197,35 +193,125 @@ class Hierarchy:
             future.add_done_callback(lambda _: self._index.abandon(SERVER, [key]))
         return False
 
+    def _came_up(self, key: BlockKey) -> None:
+        entry = self._index.get(key)
+        assert entry is not None, "it was committed"
+        entry.is_below = True
+        if self._index.rules.write is Write.BACK:
+            self._make_room(entry.num_bytes)
+
+    def _send_down(self, entry: Entry) -> None:
+        """It stays in the arena."""
+        if self._has_room(entry):
+            self._queue_down(entry, None)
+        else:
+            self._count_dropped()
+
+    def _make_room(self, num_bytes: int) -> None:
+        """With write=back: the coldest blocks leave until there will be room for so many bytes and for a burst."""
+        wanted_bytes = max(self._index.capacity_bytes * FREE_SHARE, aligned(num_bytes))
+        while self._index.free_bytes + self._queued_bytes < wanted_bytes:
+            entry = self._index.coldest()
+            if entry is None:
+                return
+            self._retire(entry, Reason.SPACE)
+
+    def _retire(self, entry: Entry, reason: Reason) -> None:
+        """Out of the arena, by way of the tiers if they do not have it and there is time."""
+        if entry.is_below:
+            self._index.evict(entry, reason)
+        elif self._has_room(entry):
+            self._index.take(entry)
+            self._queue_down(entry, reason)
+        else:
+            self._count_dropped()
+            self._index.evict(entry, reason)
+
+    def _has_room(self, entry: Entry) -> bool:
+        return self._queued_bytes + entry.num_bytes <= self._index.capacity_bytes * MAX_QUEUED_SHARE
+
+    def _count_dropped(self) -> None:
+        for level in self.levels:
+            level.counts.dropped += 1
+
+    def _queue_down(self, entry: Entry, reason: Reason | None) -> None:
+        if reason is None:  # otherwise it was pinned when it was taken
+            entry.pins += 1
+        entry.is_below = True
+        self._queued_bytes += entry.num_bytes
+        self._queue.put_nowait(_Down(entry, reason))
+
     async def _write_down(self) -> None:
         while True:
-            entry = await self._queue.get()
+            down = await self._queue.get()
             try:
-                await self._put(entry)
+                await self._put(down)
             finally:
-                self._queued_bytes -= entry.num_bytes
+                self._queued_bytes -= down.entry.num_bytes
+                self._queue.task_done()
 
-    async def _put(self, entry: Entry) -> None:
+    async def _put(self, down: _Down) -> None:
         """To every tier; the bytes stay pinned until the last thread has let go of them."""
+        entry = down.entry
+        if entry.state is not State.READY:  # dropped while it waited
+            self._let_go(down)
+            return
+        ended = self._putting[entry.key] = asyncio.get_running_loop().create_future()
         block = view(self._arena.address + entry.offset, entry.num_bytes)
-        key, digest = entry.key, entry.digest
-        futures = []
+        futures, num_done = [], 0
         for level in self.levels:
-            future = level.submit(partial(level.tier.put, key, digest, block))
+            future = level.submit(partial(level.tier.put, entry.key, entry.digest, block))
             done = await level.wait(future, PUT_TIMEOUT_S, False)
             level.counts.puts += done
             level.counts.put_bytes += done * entry.num_bytes
             level.counts.dropped += not done
+            num_done += done
             if future is not None and not future.done():
                 futures.append(future)
+        entry.is_below = num_done > 0
         if futures:
-            self._keep(asyncio.ensure_future(self._unpin_after(entry, futures)))
+            self._keep(asyncio.ensure_future(self._let_go_after(down, futures, ended)))
         else:
-            entry.pins -= 1
+            self._put_ended(down, ended)
 
-    async def _unpin_after(self, entry: Entry, futures: Sequence[asyncio.Future[bool]]) -> None:
+    async def _let_go_after(
+        self, down: _Down, futures: Sequence[asyncio.Future[bool]], ended: asyncio.Future[None]
+    ) -> None:
         await asyncio.wait(futures)
-        entry.pins -= 1
+        self._put_ended(down, ended)
+
+    def _put_ended(self, down: _Down, ended: asyncio.Future[None]) -> None:
+        if self._putting.get(down.entry.key) is ended:
+            del self._putting[down.entry.key]
+        ended.set_result(None)
+        self._let_go(down)
+
+    def _let_go(self, down: _Down) -> None:
+        if down.reason is None:
+            down.entry.pins -= 1
+        else:
+            self._index.settle(down.entry, down.reason)
+
+    async def _forget(self, keys: list[BlockKey]) -> None:
+        """After the puts of these blocks that are under way, or they would be back."""
+        await self._puts_of(keys)
+        for level in self.levels:
+            future = level.submit(partial(level.tier.delete, keys))
+            self._keep(asyncio.ensure_future(level.wait(future, PUT_TIMEOUT_S, None)))
+
+    async def _clear(self) -> None:
+        try:
+            await self._puts_of(list(self._putting))
+            for level in self.levels:
+                future = level.submit(partial(_cleared, level.tier))
+                level.counts.uncleared += not await level.wait(future, CLEAR_TIMEOUT_S, False)
+        finally:
+            self.num_clearing -= 1
+
+    async def _puts_of(self, keys: Sequence[BlockKey]) -> None:
+        under_way = [self._putting[key] for key in keys if key in self._putting]
+        if under_way:
+            await asyncio.wait(under_way, timeout=PUT_TIMEOUT_S)
 
     def _keep(self, task: asyncio.Future[T]) -> None:
         """The event loop holds tasks only weakly."""
@@ -234,7 +320,6 @@ class Hierarchy:
             task.add_done_callback(self._tasks.discard)
 
 
-def _forget(future: asyncio.Future[T]) -> None:
-    """Of a call that nobody waits for any more: its error is no news."""
-    if not future.cancelled():
-        future.exception()
+def _cleared(tier: Tier) -> bool:
+    tier.clear()
+    return True

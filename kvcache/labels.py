@@ -4,8 +4,8 @@
                 └─ deadline, DropLabel ──▶ blocks that no other label names leave the arena and the tiers below
 
 A label without a deadline ends when the last of its blocks was evicted. What a tenant names, only that tenant names
-again: a label's identity is its tenant and its name. Labels live as long as the server: one that is started again has
-the blocks, and learns their names with the next request that carries them.
+again: a label's identity is its tenant and its name. A server that is started again reads them from its notes, which
+are renewed a moment after each change.
 
 Memory model: keys only, bounded by MAX_LABELS, MAX_KEYS and MAX_ALL_KEYS; about 150 bytes per key.
 Threading: the server's event loop.
@@ -22,8 +22,10 @@ import msgspec
 
 from core.clock import Clock
 from core.handoff import Label
+from kvcache.counts import Reason
 from kvcache.index import Index
-from kvcache.keys import BlockKey
+from kvcache.keys import BlockKey, join_keys, split_keys
+from kvcache.label_notes import LabelNote, LabelNotes
 from kvcache.ranges import aligned
 from kvcache.wire import LabelFigures
 
@@ -38,6 +40,7 @@ PINNED_SHARE = 0.5
 GONE_PERIOD_S = 5.0
 """How often labels are looked at whose blocks may all have been evicted."""
 
+PAUSE_PER_NOTE = 50.0
 UNSEEN_S = 120.0
 """How long a label may wait for its first block: a long prompt's prefill."""
 
@@ -64,11 +67,19 @@ class _Held:
 
 
 class Labels:
-    """All labels of one arena. `refused` counts names that found no room, `unpinned` those that could not be pinned."""
+    """All labels of one arena. Takes over what `notes` still know.
 
-    def __init__(self, index: Index, clock: Clock) -> None:
+    refused: names that found no room. unpinned: those that could not be pinned. unsaved: whether the notes have no
+    room for all labels, which a restart would then forget.
+    """
+
+    def __init__(self, index: Index, clock: Clock, notes: LabelNotes | None = None) -> None:
         self.refused = 0
         self.unpinned = 0
+        self.unsaved = False
+        self._notes = notes
+        self._is_noted = True
+        self._note_s = 0.0
         self._index = index
         self._clock = clock
         self._all: dict[tuple[bytes, str], _Held] = {}
@@ -77,6 +88,8 @@ class Labels:
         self._num_keys = 0
         self._pinned_bytes = 0
         self._look_s = 0.0
+        for note in notes.read() if notes is not None else ():
+            self._take_over(note)
 
     def __len__(self) -> int:
         return len(self._all)
@@ -134,6 +147,16 @@ class Labels:
                 self._remove(held)
         return self._drop([held for held in self._all.values() if now_s >= held.deadline_s])
 
+    def note(self) -> None:
+        """Notes what has changed, for the next server; rarely enough to take a fiftieth of the time at most. To be
+        called every now and then."""
+        begun_s = self._clock.monotonic_s()
+        if self._notes is None or self._is_noted or begun_s < self._note_s:
+            return
+        self.unsaved = not self._notes.write([_note_of(held) for held in self._all.values()])
+        ended_s = self._clock.monotonic_s()
+        self._is_noted, self._note_s = True, ended_s + (ended_s - begun_s) * PAUSE_PER_NOTE
+
     def figures(self) -> list[LabelFigures]:
         """Every label, the oldest first."""
         return [self._figures_of(held) for held in sorted(self._all.values(), key=lambda held: held.created_s)]
@@ -150,19 +173,30 @@ class Labels:
             self._remove(held)
             forgotten += [key for key in held.named.keys if key not in self._names]
         if forgotten:
-            self._index.drop(forgotten)
+            self._index.drop(forgotten, Reason.LABEL)
         return forgotten
+
+    def _take_over(self, note: LabelNote) -> None:
+        label = Label(note.name, note.ttl_s, note.is_pinned)
+        named = Named(note.tenant, tuple(split_keys(note.keys)), note.block_bytes, note.num_tokens)
+        deadline_s = note.deadline_s or math.inf
+        held = _Held(label, named, note.created_s, self._clock.monotonic_s(), deadline_s)
+        self._add(held)
+        if note.is_pinned:
+            self._pin(held)
 
     def _add(self, held: _Held) -> None:
         self._all[held.named.tenant, held.label.name] = held
         self._names.update(held.named.keys)
         self._num_keys += len(held.named.keys)
+        self._is_noted = False
 
     def _remove(self, held: _Held) -> None:
         del self._all[held.named.tenant, held.label.name]
         self._unpin(held)
         _subtract(self._names, held.named.keys)
         self._num_keys -= len(held.named.keys)
+        self._is_noted = False
 
     def _pin(self, held: _Held) -> bool:
         """False if labels would pin too much."""
@@ -176,6 +210,7 @@ class Labels:
         self._pinned_bytes += num_bytes
         self._index.keep(new)
         held.is_pinned = True
+        self._is_noted = False
         return True
 
     def _unpin(self, held: _Held) -> None:
@@ -184,6 +219,7 @@ class Labels:
             self._pinned_bytes -= len(freed) * aligned(held.named.block_bytes)
             self._index.let_go(freed)
             held.is_pinned = False
+            self._is_noted = False
 
     def _is_gone(self, held: _Held, now_s: float) -> bool:
         return now_s - held.named_s >= UNSEEN_S and not any(self._index.get(key) for key in held.named.keys)
@@ -201,6 +237,21 @@ class Labels:
             expires_in_s=None if held.deadline_s == math.inf else max(left_s, 0.0),
             tenant=held.named.tenant,
         )
+
+
+def _note_of(held: _Held) -> LabelNote:
+    named, deadline_s = held.named, 0.0 if held.deadline_s == math.inf else held.deadline_s
+    return LabelNote(
+        held.label.name,
+        named.tenant,
+        join_keys(named.keys),
+        named.block_bytes,
+        named.num_tokens,
+        held.label.ttl_s,
+        held.created_s,
+        deadline_s,
+        held.is_pinned,
+    )
 
 
 def _subtract(counter: Counter[BlockKey], keys: Sequence[BlockKey]) -> list[BlockKey]:

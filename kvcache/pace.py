@@ -2,7 +2,7 @@
 
 Both are moving averages of seconds per token; the newest measurement counts a fifth. Where one is not known yet,
 loading is taken to be worth it. After it was judged not to be, one load is tried again every RETRY_S, or nothing would
-be measured any more.
+be measured any more. What is not worth loading is not worth storing either, with the same exception.
 
 Threading: the engine's thread alone.
 """
@@ -26,6 +26,7 @@ class Pace:
         self._compute: float | None = None
         self._load: float | None = None
         self._retry_s = 0.0
+        self._retry_store_s = 0.0
 
     def computed(self, num_tokens: int, seconds: float) -> None:
         """A step that computed so many prompt tokens took so long."""
@@ -43,13 +44,26 @@ class Pace:
 
     def is_worth_loading(self) -> bool:
         """Whether a token is loaded faster than computed."""
-        if self._compute is None or self._load is None or self._load < self._compute:
+        if self._is_loading_faster():
             return True
         now_s = self._clock.monotonic_s()
         if now_s < self._retry_s:
             return False
         self._retry_s = now_s + RETRY_S
         return True
+
+    def is_worth_storing(self) -> bool:
+        """Whether a block may be of use to this engine later; to be asked once per request."""
+        if self._is_loading_faster():
+            return True
+        now_s = self._clock.monotonic_s()
+        if now_s < self._retry_store_s:
+            return False
+        self._retry_store_s = now_s + RETRY_S
+        return True
+
+    def _is_loading_faster(self) -> bool:
+        return self._compute is None or self._load is None or self._load < self._compute
 
 
 def _mean(old: float | None, new: float) -> float:

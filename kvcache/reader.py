@@ -75,11 +75,12 @@ class Reader:
         self._loads: list[Load] = []
         self._late: list[_LookUp] = []
 
-    def arrive(self, request_id: str, keys: Sequence[BlockKey], *, reserve: bool) -> None:
-        """A request is new. keys: of its prompt's full blocks; reserve: it will compute those that are not there."""
+    def arrive(self, request_id: str, keys: Sequence[BlockKey], *, reserve: bool, tenant: bytes = b"") -> None:
+        """A request is new. keys: of its prompt's full blocks; reserve: it will compute those that are not there, on
+        this tenant's account."""
         if request_id in self._all or not keys or not self._breaker.allows():
             return
-        number = self._client.search(join_keys(keys), reserve=reserve)
+        number = self._client.search(join_keys(keys), reserve=reserve, tenant=tenant)
         if number:
             self._all[request_id] = _LookUp(number, self._client.epoch, keys, self._clock.monotonic_s())
 

@@ -50,7 +50,7 @@ class Refused(msgspec.Struct, frozen=True):
     why: str
 
 
-Answer = bytes | int | Refused | None
+Answer = bytes | int | list[Any] | Refused | None
 
 
 class Connection(Protocol):
@@ -167,6 +167,18 @@ class RedisTier:
         if len(forgotten) != len(keys):
             raise TierError(f"no Redis server of a block answers: {why}")
 
+    def clear(self) -> None:
+        """See Tier. Removes what lies under our prefix in the database of each server, whoever put it there: other
+        hosts' blocks too. Raises TierError if a server does not answer."""
+        failures = []
+        for server in self._servers:
+            try:
+                server.clear()
+            except TierError as error:
+                failures.append(str(error))
+        if failures:
+            raise TierError(f"blocks may be left in Redis: {'; '.join(failures)}")
+
     def figures(self) -> TierFigures:
         """What this object has put and found corrupt; not what the servers hold, which others share and evict from."""
         return self._figures
@@ -229,7 +241,7 @@ class RedisServer:
         refused = next((answer for answer in answers if isinstance(answer, Refused)), None)
         if refused:
             raise TierError(f"{self.name} refuses: {refused.why}")
-        return [answer for answer in answers if not isinstance(answer, Refused)]
+        return [answer for answer in answers if not isinstance(answer, Refused | list)]
 
     def read(self, name: bytes, most_bytes: int) -> bytes | None:
         """The beginning of what lies under a name, nothing of what is no string, None if there is nothing. Raises
@@ -243,6 +255,27 @@ class RedisServer:
         if kind != b"string" and isinstance(kind, bytes) and isinstance(value, Refused):
             return b""
         raise TierError(f"{self.name} does not let a block be read: {kind!r}, {value!r}")
+
+    def clear(self) -> None:
+        """Removes everything under our prefix, a part at a time so that others are served in between. Raises
+        TierError."""
+        cursor = b"0"
+        while True:
+            command = _packed(b"SCAN", cursor, b"MATCH", KEY_PREFIX + b"*", b"COUNT", b"1000")
+            (answer,) = self.exchange([command], [list])
+            cursor, names = self._scanned(answer)
+            if names:
+                self.ask([_packed(b"UNLINK", *names)], [int])
+            if cursor == b"0":
+                return
+
+    def _scanned(self, answer: Answer) -> tuple[bytes, list[bytes]]:
+        """What SCAN says: where to go on, and names."""
+        if isinstance(answer, list) and len(answer) == 2:
+            cursor, names = answer
+            if isinstance(cursor, bytes) and isinstance(names, list) and all(isinstance(n, bytes) for n in names):
+                return cursor, names
+        raise TierError(f"{self.name} does not list its blocks: {answer!r}")
 
     def exchange(self, command: Sequence[bytes | memoryview], kinds: Sequence[type]) -> list[Answer]:
         """One round trip. Raises TierError if the server is left out, gone, silent, or speaks something else."""
@@ -283,7 +316,7 @@ class RedisServer:
             answer = connection.read_response(disable_decoding=True)
         except self._refusal as error:
             return Refused(str(error))
-        if answer is None or (isinstance(answer, kind) and isinstance(answer, bytes | int)):
+        if answer is None or (isinstance(answer, kind) and isinstance(answer, bytes | int | list)):
             return answer
         raise ValueError(f"answered {type(answer).__name__} where {kind.__name__} was due")
 

@@ -27,8 +27,10 @@ from kvcache import wire
 from kvcache.connection import Client
 from kvcache.hierarchy import Hierarchy
 from kvcache.index import Index
+from kvcache.label_notes import LabelNotes, half_bytes
 from kvcache.labels import Labels
 from kvcache.ledger import Ledger, ledger_bytes
+from kvcache.rules import Rules
 from kvcache.tier import Tier
 from transport.mapping import Mapping, make_memfd
 from transport.shm_listener import peer_uid
@@ -41,11 +43,12 @@ MAX_UNSENT_BYTES = 8 << 20
 
 
 class ArenaFds:
-    """The two memfds of one arena, for whoever starts the server. Raises TransferError if there is no memory."""
+    """The two memfds of one arena, for whoever starts the server: the blocks, and what is known of them. Raises
+    TransferError if there is no memory."""
 
     def __init__(self, arena_bytes: int) -> None:
         self.arena = make_memfd(arena_bytes)
-        self.ledger = make_memfd(ledger_bytes(arena_bytes))
+        self.ledger = make_memfd(ledger_bytes(arena_bytes) + 2 * half_bytes(arena_bytes))
 
     def close(self) -> None:
         """The memory goes with its last mapping."""
@@ -56,18 +59,23 @@ class ArenaFds:
 class CacheServer:
     """Serves the arena behind these descriptors on a unix socket at `path`."""
 
-    def __init__(self, fds: tuple[int, int], path: Path, clock: Clock, tiers: Sequence[Tier] = ()) -> None:
-        """fds: of arena and ledger. tiers: below the arena, the nearest first; closed with the server."""
+    def __init__(
+        self, fds: tuple[int, int], path: Path, clock: Clock, tiers: Sequence[Tier] = (), rules: Rules | None = None
+    ) -> None:
+        """fds: of arena and ledger. tiers: below the arena, the nearest first; closed with the server. rules: what is
+        kept, for how long, for whom."""
         self._arena_fd, ledger_fd = fds
         arena_bytes = os.fstat(self._arena_fd).st_size
         self._arena = Mapping(self._arena_fd, arena_bytes)
-        self._ledger_memory = Mapping(ledger_fd, os.fstat(ledger_fd).st_size)
+        self._ledger_memory = Mapping(ledger_fd, ledger_bytes(arena_bytes))
         self._ledger = Ledger(self._ledger_memory)
+        notes_memory = Mapping(ledger_fd, os.fstat(ledger_fd).st_size)
+        notes = LabelNotes(notes_memory, ledger_bytes(arena_bytes), half_bytes(arena_bytes))
         self._path = path
         self._clients: set[asyncio.Task[None]] = set()
         self._num_connections = 0
-        self.index = Index(arena_bytes, self._ledger, clock)
-        self.labels = Labels(self.index, clock)
+        self.index = Index(arena_bytes, self._ledger, clock, rules)
+        self.labels = Labels(self.index, clock, notes)
         self.hierarchy = Hierarchy(tiers, self.index, self._arena, clock)
 
     async def serve(self) -> None:
@@ -86,7 +94,10 @@ class CacheServer:
             self._path.unlink(missing_ok=True)
             for task in list(self._clients):
                 task.cancel()
-            self.hierarchy.close()
+            try:
+                await self.hierarchy.drain()
+            finally:
+                self.hierarchy.close()
 
     def _listen(self) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -142,6 +153,7 @@ class CacheServer:
             await asyncio.sleep(EXPIRE_PERIOD_S)
             self.index.expire()
             expired = self.labels.expire()
+            self.labels.note()
             if expired:
                 self.hierarchy.forget(expired)
 

@@ -1,6 +1,7 @@
 """What `--cache` says, parsed: an arena and the tiers below it, or the socket of a server that runs already.
 
-8GiB,disk=/var/lib/baton:100GiB,redis://10.0.0.5:6379,redis://10.0.0.6:6379
+8GiB,disk=/var/lib/baton:100GiB,redis://10.0.0.5:6379,redis://10.0.0.6:6379,policy=lru,ttl=1h,quota=2GiB
+│    │                                                                      └─ rules, anywhere after the size
 │    └─ tiers, the nearest first; redis:// words in a row are the servers of one tier
 └─ the arena's size
 """
@@ -12,6 +13,8 @@ import re
 import msgspec
 
 from core.errors import ConfigError
+from kvcache import rules
+from kvcache.rules import Rules
 
 SPEC_VARIABLE = "BATON_CACHE"
 """How a server that was started gets it: not among its arguments, where every user of the host reads passwords."""
@@ -39,11 +42,12 @@ TierSpec = DiskSpec | RedisSpec
 
 
 class CacheSpec(msgspec.Struct, frozen=True):
-    """A size and tiers, for a server of its own; or a socket."""
+    """A size, tiers and rules, for a server of its own; or a socket."""
 
     num_bytes: int = 0
     socket: str = ""
     tiers: tuple[TierSpec, ...] = ()
+    rules: Rules = Rules()
     text: str = ""
 
     @classmethod
@@ -53,10 +57,11 @@ class CacheSpec(msgspec.Struct, frozen=True):
         if first.startswith("unix:") or "/" in first:
             return cls(socket=_socket(first, words), text=text)
         num_bytes = size(first, "a size such as 8GiB, or unix:/path/of/a/cache/server")
+        options, words = _options_of(words)
         tiers: list[TierSpec] = []
         for word in words:
             _add(tiers, word)
-        return cls(num_bytes=num_bytes, tiers=tuple(tiers), text=text)
+        return cls(num_bytes=num_bytes, tiers=tuple(tiers), rules=_rules_of(options, has_tiers=bool(tiers)), text=text)
 
 
 def size(text: str, wanted: str) -> int:
@@ -79,6 +84,36 @@ def _socket(first: str, words: list[str]) -> str:
     return path
 
 
+def _options_of(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The words that are rules, by option, and the others in their order."""
+    options: dict[str, str] = {}
+    others = []
+    for word in words:
+        option, _, value = word.partition("=")
+        if option not in rules.WORDS:
+            others.append(word)
+        elif option in options:
+            raise ConfigError(f"--cache: {option}= stands there twice, with {options[option]} and {value}")
+        else:
+            options[option] = value
+    return options, others
+
+
+def _rules_of(options: dict[str, str], *, has_tiers: bool) -> Rules:
+    for option in ("write", "admit"):
+        if option in options and not has_tiers:
+            raise ConfigError(
+                f"--cache: {option}={options[option]} is for the tiers below the arena, and there is none"
+            )
+    return Rules(
+        policy=rules.policy_named(options.get("policy", "lru")),
+        ttl_s=rules.duration_s(options["ttl"]) if "ttl" in options else 0.0,
+        quota_bytes=size(options["quota"], "a size such as 2GiB, for each tenant") if "quota" in options else 0,
+        write=rules.write_named(options.get("write", "through")),
+        admit=rules.admit_named(options.get("admit", "all")),
+    )
+
+
 def _add(tiers: list[TierSpec], word: str) -> None:
     """One word of the list: a tier, or one more server of the tier before it."""
     if word.startswith(_REDIS):
@@ -90,5 +125,5 @@ def _add(tiers: list[TierSpec], word: str) -> None:
     folder, _, num_bytes = word.removeprefix("disk=").rpartition(":")
     is_second = any(isinstance(tier, DiskSpec) for tier in tiers)
     if not word.startswith("disk=") or not folder.startswith("/") or is_second:
-        raise ConfigError(f"--cache: {word!r} is neither {_TIERS}")
+        raise ConfigError(f"--cache: {word!r} is neither {_TIERS} nor one of {', '.join(rules.WORDS)}=...")
     tiers.append(DiskSpec(folder, size(num_bytes, "a size such as 100GiB")))

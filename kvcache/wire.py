@@ -16,7 +16,7 @@ from core.errors import ProtocolError
 
 VERSION = 2
 """History. 1: Hello, Search, Reserve, Commit, Abandon, Release, Touch, Bad, Drop, Ask.
-2: labels: Name, Pin, DropLabel, AskLabels."""
+2: labels: Name, Pin, DropLabel, AskLabels; tenants in Search and Reserve."""
 
 MAX_FRAME_BYTES = 16 << 20
 LENGTH = struct.Struct("<I")
@@ -55,11 +55,13 @@ class Grant(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Search(msgspec.Struct, frozen=True, tag=True):
-    """Which prefix of these blocks is there? reserve: and let me write the others. `id` names the pins it takes."""
+    """Which prefix of these blocks is there? reserve: and let me write the others. `id` names the pins it takes.
+    tenant: on whose account (keys.tenant_of)."""
 
     id: int
     keys: bytes
     reserve: bool = False
+    tenant: bytes = b""
 
 
 class Found(msgspec.Struct, frozen=True, tag=True):
@@ -73,10 +75,11 @@ class Found(msgspec.Struct, frozen=True, tag=True):
 
 
 class Reserve(msgspec.Struct, frozen=True, tag=True):
-    """Let me write these."""
+    """Let me write these. tenant: as Search's."""
 
     id: int
     keys: bytes
+    tenant: bytes = b""
 
 
 class Granted(msgspec.Struct, frozen=True, tag=True):

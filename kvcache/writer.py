@@ -43,11 +43,12 @@ class _Places:
     """One request's blocks in the arena.
 
     asked: how many of its keys, from the first, were asked for. question: the one that is open, for the keys of
-    `questioned`, asked at `asked_s`. refused: those that somebody else had or was writing.
+    `questioned`, asked at `asked_s`. refused: those that somebody else had or was writing. tenant: on whose account.
     """
 
     epoch: int
     asked_s: float
+    tenant: bytes = b""
     keys: list[BlockKey] = field(default_factory=list)
     asked: int = 0
     question: int = 0
@@ -69,10 +70,10 @@ class Writer:
         self._stores: list[Store] = []
         self._late: list[_Places] = []
 
-    def arrive(self, request_id: str, keys: Sequence[BlockKey], *, asked: bool) -> None:
+    def arrive(self, request_id: str, keys: Sequence[BlockKey], *, asked: bool, tenant: bytes = b"") -> None:
         """A request is new. asked: its look-up has asked for the places of these keys' missing blocks."""
         if request_id not in self._all and self._client.is_connected:
-            places = _Places(self._client.epoch, self._clock.monotonic_s(), list(keys))
+            places = _Places(self._client.epoch, self._clock.monotonic_s(), tenant, list(keys))
             places.asked = len(keys) if asked else 0
             self._all[request_id] = places
 
@@ -182,7 +183,7 @@ class Writer:
             wanted = [*places.refused, *wanted]
         if not wanted:
             return
-        places.question = self._client.reserve(join_keys(keys[index] for index in wanted))
+        places.question = self._client.reserve(join_keys(keys[index] for index in wanted), places.tenant)
         if places.question:
             places.questioned, places.asked, places.asked_s = wanted, len(keys), now_s
             places.refused = [index for index in places.refused if index not in wanted]

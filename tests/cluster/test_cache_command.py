@@ -16,6 +16,7 @@ from core.errors import ConfigError
 from kvcache import wire
 from kvcache.client import CacheClient, ask_figures
 from kvcache.keys import join_keys
+from kvcache.rules import Admit, Rules, Write
 from kvcache.spec import CacheSpec, DiskSpec, RedisSpec
 from tests.cluster.test_command import baton
 from tests.kvcache.places import key
@@ -37,9 +38,28 @@ def test_tiers_below_the_arena() -> None:
     assert spec.tiers == (DiskSpec("/mnt/kv", 100 << 30), both)
 
 
+def test_rules_stand_anywhere_after_the_size() -> None:
+    spec = CacheSpec.parse("8GiB,policy=s3fifo,redis://a:1,ttl=1h,redis://b:1,quota=2GiB,write=back")
+    assert spec.tiers == (RedisSpec(("redis://a:1", "redis://b:1")),)
+    assert spec.rules == Rules("s3fifo", 3600.0, 2 << 30, Write.BACK)
+    assert CacheSpec.parse("8GiB").rules == Rules("lru", 0.0, 0, Write.THROUGH, Admit.ALL)
+    assert CacheSpec.parse("8GiB,disk=/x:1GiB,admit=second").rules.admit is Admit.SECOND
+    assert [CacheSpec.parse(f"8GiB,ttl={text}").rules.ttl_s for text in ("90s", "1.5m", "2d")] == [90, 90, 172800]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("8GiB,policy=mru", "policy=mru is none of lru, lfu, fifo, s3fifo"),
+        ("8GiB,ttl=5", "ttl=5 is not a time such as 90s, 15m, 1h or 7d"),
+        ("8GiB,ttl=0s", "ttl=0s is not a time"),
+        ("8GiB,quota=lots", "'lots' is not a size such as 2GiB, for each tenant"),
+        ("8GiB,disk=/x:1GiB,write=behind", "write=behind is none of through, back"),
+        ("8GiB,disk=/x:1GiB,admit=third", "admit=third is none of all, second"),
+        ("8GiB,write=back", "for the tiers below the arena, and there is none"),
+        ("8GiB,ttl=1h,ttl=2h", "ttl= stands there twice"),
+        ("8GiB,disk=/x:1GiB,write=back,admit=second", "admit=second writes a block when it is used again"),
+        ("8GiB,polcy=lru", "nor one of policy, ttl, quota, write, admit=..."),
         ("8GiB,disk=kv:1GiB", "neither disk=/FOLDER:SIZE"),
         ("8GiB,tape=/x:1GiB", "neither disk=/FOLDER:SIZE"),
         ("8GiB,disk=/x:lots", "'lots' is not a size such as 100GiB"),

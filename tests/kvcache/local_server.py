@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from core.clock import SystemClock
+from core.clock import Clock, SystemClock
 from core.errors import TransferError
 from kvcache.client import ask_figures
+from kvcache.rules import Rules
 from kvcache.server import ArenaFds, CacheServer
 from kvcache.tier import Tier
 from tests.poll import until
@@ -32,12 +33,14 @@ class LocalServer:
 
 
 @contextmanager
-def serving_here(folder: Path, arena_bytes: int, *tiers: Tier) -> Iterator[LocalServer]:
+def serving_here(
+    folder: Path, arena_bytes: int, *tiers: Tier, rules: Rules | None = None, clock: Clock | None = None
+) -> Iterator[LocalServer]:
     """Serves until the block's end."""
     fds = ArenaFds(arena_bytes)
     path = folder / "cache.sock"
     loop = asyncio.new_event_loop()
-    serving = loop.create_task(CacheServer((fds.arena, fds.ledger), path, SystemClock(), tiers).serve())
+    serving = loop.create_task(CacheServer((fds.arena, fds.ledger), path, clock or SystemClock(), tiers, rules).serve())
     thread = threading.Thread(target=_run, args=(loop, serving))
     thread.start()
     server = LocalServer(str(path))

@@ -56,6 +56,10 @@ class MemoryTier:
             for key in keys:
                 self.kept.pop(key, None)
 
+    def clear(self) -> None:
+        with self._lock:
+            self.kept.clear()
+
     def figures(self) -> TierFigures:
         with self._lock:
             num_bytes = sum(len(kept.block) for kept in self.kept.values())

@@ -96,3 +96,29 @@ def test_another_host_finds_it_in_redis_and_one_of_two_servers_may_die(tmp_path:
     finally:
         for redis in servers:
             redis.close()
+
+
+def test_with_write_back_a_server_that_is_stopped_leaves_what_it_had_on_the_disk(tmp_path: Path) -> None:
+    """SIGTERM, as a launcher sends it; the next server has another arena."""
+    with serving(tmp_path, ARENA_BYTES, disk_of(tmp_path), "write=back") as server:
+        blocks = store_prompt(server, "blocks")
+        assert server.figures()["disk_blocks"] == 0
+        assert server.process is not None
+        server.process.terminate()
+        assert server.process.wait(10) == 0
+    with serving(tmp_path, ARENA_BYTES, disk_of(tmp_path), "write=back") as server:
+        instance = Instance(server.socket)
+        assert instance.arrive("second", PROMPT) == 3 * BLOCK_SIZE
+        assert instance.load("second", 3 * BLOCK_SIZE, [9, 4, 7]).tiers == {"disk": 3}
+        assert [instance.engine.block(block_id) for block_id in (9, 4, 7)] == blocks
+        instance.close()
+
+
+def test_with_admit_second_only_what_was_found_again_reaches_the_disk(tmp_path: Path) -> None:
+    with serving(tmp_path, ARENA_BYTES, disk_of(tmp_path), "admit=second") as server:
+        store_prompt(server, "blocks")
+        instance = Instance(server.socket)
+        assert instance.arrive("second", PROMPT[:2]) == 2 * BLOCK_SIZE
+        until(lambda: server.figures()["disk_blocks"] == 2, what="the blocks that were found")
+        instance.finish("second")
+        instance.close()

@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from core.clock import ManualClock
-from kvcache.index import COOLING_S, LEASE_S, RESERVATION_S, Entry, Index, State
+from kvcache.counts import Reason
+from kvcache.index import COOLING_S, LEASE_S, RESERVATION_S, UNKNOWN_TENANT, Entry, Index, State
 from kvcache.ledger import Ledger
+from kvcache.policy import POLICIES
 from kvcache.ranges import ALIGNMENT, Ranges, aligned
+from kvcache.rules import Rules
 from tests.kvcache.places import key, ledger_of
+from tests.kvcache.test_policy import Asked
 
 CAPACITY = 12 * ALIGNMENT
 KEYS = st.integers(0, 19)
 CHAINS = st.lists(KEYS, min_size=1, max_size=6, unique=True)
 OWNERS = st.integers(1, 3)
+QUOTA = 5 * ALIGNMENT
+RULES = st.builds(
+    Rules,
+    st.sampled_from(sorted(POLICIES)),
+    ttl_s=st.sampled_from([0.0, 50.0]),
+    quota_bytes=st.sampled_from([0, QUOTA]),
+)
 
 
 class IndexMachine(RuleBasedStateMachine):
-    """Writers and readers that come, go, die and are late, over an arena of twelve small blocks."""
+    """Writers and readers that come, go, die and are late, over an arena of twelve small blocks, under any rules."""
 
     def __init__(self) -> None:
         super().__init__()
         self.clock = ManualClock()
         self.ledger, self.memory = ledger_of(CAPACITY)
+        self.chosen = Rules()
         self.index = Index(CAPACITY, self.ledger, self.clock)
+        self.kept: set[int] = set()
+        self.taken: list[Entry] = []
         self.granted: dict[tuple[int, int], int] = {}
         self.pinned: dict[tuple[int, int], list[Entry]] = {}
         self.num_leases = 0
@@ -35,10 +50,54 @@ class IndexMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.memory.close()
 
-    @rule(owner=OWNERS, chain=CHAINS, size=st.sampled_from([1, ALIGNMENT, ALIGNMENT + 1]))
-    def reserve(self, owner: int, chain: list[int], size: int) -> None:
-        for index, offset in self.index.reserve(owner, [key(n) for n in chain], size):
+    @initialize(rules=RULES)
+    def choose(self, rules: Rules) -> None:
+        self.chosen = rules
+        self.index = Index(CAPACITY, self.ledger, self.clock, rules)
+
+    @rule(
+        owner=OWNERS,
+        chain=CHAINS,
+        size=st.sampled_from([1, ALIGNMENT, ALIGNMENT + 1]),
+        tenant=st.sampled_from([b"", b"alice", b"bob"]),
+    )
+    def reserve(self, owner: int, chain: list[int], size: int, tenant: bytes) -> None:
+        before = self.index._tenants[tenant]
+        others = {entry.key for entry in self.index.entries() if entry.tenant != tenant}
+        quota = self.index.reasons[Reason.QUOTA]
+        space = self.index.reasons[Reason.SPACE]
+        for index, offset in self.index.reserve(owner, [key(n) for n in chain], size, tenant):
             self.granted[owner, chain[index]] = offset
+        after = self.index._tenants[tenant]
+        assert not self.chosen.quota_bytes or after <= max(before, QUOTA)
+        if self.index.reasons[Reason.QUOTA] > quota and self.index.reasons[Reason.SPACE] == space:
+            assert others <= {entry.key for entry in self.index.entries()}, "a tenant's quota has cost another's block"
+
+    @rule(number=KEYS)
+    def keep_or_let_go(self, number: int) -> None:
+        if number in self.kept:
+            self.index.let_go([key(number)])
+        else:
+            self.index.keep([key(number)])
+        self.kept ^= {number}
+
+    @rule()
+    def take(self) -> None:
+        entry = self.index.coldest()
+        if entry is not None:
+            assert entry.pins == 0
+            self.index.take(entry)
+            self.taken.append(entry)
+
+    @precondition(lambda self: self.taken)
+    @rule()
+    def settle(self) -> None:
+        self.index.settle(self.taken.pop(0), Reason.SPACE)
+
+    @rule(chain=CHAINS)
+    def use(self, chain: list[int]) -> None:
+        self.index.use([key(n) for n in chain])
+        self.index.touch([key(n) for n in chain])
 
     @rule(owner=OWNERS, number=KEYS)
     def commit(self, owner: int, number: int) -> None:
@@ -95,15 +154,21 @@ class IndexMachine(RuleBasedStateMachine):
         self.index.expire()
         self.granted.clear()
         self.pinned.clear()
+        for entry in self.taken:
+            self.index.settle(entry, Reason.SPACE)
+        self.taken.clear()
         self.clock.advance(COOLING_S)
         self.index.expire()
         assert self.index.usage.reserved == self.index.usage.cooling == 0
+        assert not self.chosen.ttl_s or {entry.key for entry in self.index.entries()} <= {key(n) for n in self.kept}
 
     @rule()
     def restart(self) -> None:
         """A new server over the same ledger knows every complete block and nothing else."""
         before = {entry.key: (entry.offset, entry.digest) for entry in self.index._ready.values()}
-        self.index = Index(CAPACITY, Ledger(self.memory), self.clock)
+        self.index = Index(CAPACITY, Ledger(self.memory), self.clock, self.chosen)
+        self.kept.clear()
+        self.taken.clear()
         after = {entry.key: (entry.offset, entry.digest) for entry in self.index._ready.values()}
         assert before == after
         self.granted.clear()
@@ -121,6 +186,31 @@ class IndexMachine(RuleBasedStateMachine):
     def usage_adds_up(self) -> None:
         usage = self.index.usage
         assert usage.reserved + usage.ready + usage.cooling + self.index._ranges.free_bytes == CAPACITY
+
+    @invariant()
+    def tenants_add_up(self) -> None:
+        entries = [*self.index._reserved.values(), *self.index._ready.values()]
+        sums = {tenant: 0 for tenant in {entry.tenant for entry in entries}}
+        for entry in entries:
+            sums[entry.tenant] += aligned(entry.num_bytes)
+        assert dict(self.index._tenants) == sums
+        assert not self.chosen.quota_bytes or all(
+            num_bytes <= QUOTA for tenant, num_bytes in sums.items() if tenant != UNKNOWN_TENANT
+        )
+
+    @invariant()
+    def what_may_be_evicted_is_in_the_order_and_nothing_else(self) -> None:
+        asked = Asked()
+        self.index._order.victim(asked)
+        taken = {entry.key for entry in self.taken if self.index.get(entry.key) is entry}
+        kept = {key(n) for n in self.kept}
+        assert asked.keys | taken | kept == set(self.index._ready) | taken | kept
+        assert not kept & asked.keys
+
+    @invariant()
+    def what_is_kept_stays(self) -> None:
+        kept = [entry for entry in self.index.entries() if entry.key in {key(n) for n in self.kept}]
+        assert self.index.usage.pinned == sum(aligned(entry.num_bytes) for entry in kept)
 
     @invariant()
     def pinned_bytes_are_nobody_elses(self) -> None:
@@ -202,3 +292,65 @@ def test_ranges_of_several_sizes_are_joined_again() -> None:
         ranges.give(offset, size)
     assert ranges.take(100) == 0
     assert not ranges.claim(0, 1)
+
+
+def test_the_index_evicts_in_the_order_of_its_policy() -> None:
+    clock = ManualClock()
+    index = Index(CAPACITY, ledger_of(CAPACITY)[0], clock, Rules(policy="fifo"))
+    fill(index, range(12))
+    index.search(1, 1, [key(0)])
+    index.use([key(0)])
+    index.release(1, 1)
+    index.reserve(2, [key(100)], ALIGNMENT)
+    assert index.get(key(0)) is None, "first stored, first gone, although it was used last"
+
+
+def test_a_tenant_over_its_quota_evicts_its_own_blocks_and_nobody_elses() -> None:
+    index = Index(CAPACITY, ledger_of(CAPACITY)[0], ManualClock(), Rules(quota_bytes=QUOTA))
+    fill(index, range(3), b"alice")
+    fill(index, range(10, 30), b"bob")
+    assert [n for n in range(3) if index.get(key(n))] == [0, 1, 2], "the oldest of all, but alice's"
+    assert [n for n in range(10, 30) if index.get(key(n))] == [25, 26, 27, 28, 29]
+    assert index.reasons == {Reason.QUOTA: 15}
+    assert index.free_bytes == 4 * ALIGNMENT, "bob gets no more although there is room"
+    index.search(7, 1, [key(n) for n in range(25, 30)])
+    assert index.reserve(1, [key(50)], ALIGNMENT, b"bob") == [], "all of bob's blocks are being read"
+    assert len(index.reserve(1, [key(51)], ALIGNMENT, b"carol")) == 1
+
+
+def test_a_block_that_was_to_leave_stays_if_somebody_reads_it_by_then() -> None:
+    index, _ = filled([1, 2])
+    for entry in (index.coldest(), index.coldest()):
+        assert entry is not None
+        index.take(entry)
+    index.search(7, 1, [key(2)])
+    for number in (1, 2):
+        entry = index.get(key(number))
+        assert entry is not None
+        index.settle(entry, Reason.SPACE)
+    assert [n for n in (1, 2) if index.get(key(n))] == [2]
+    index.release(7, 1)
+    assert index.coldest() is index.get(key(2)), "it is in the order again"
+
+
+def test_blocks_that_nobody_has_used_for_the_rules_time_leave_except_pinned_ones() -> None:
+    clock = ManualClock()
+    index = Index(CAPACITY, ledger_of(CAPACITY)[0], clock, Rules(ttl_s=60.0))
+    fill(index, range(4))
+    index.keep([key(3)])
+    clock.advance(40.0)
+    index.use([key(1)])
+    clock.advance(30.0)
+    index.expire()
+    assert [n for n in range(4) if index.get(key(n))] == [1, 3]
+    assert index.reasons == {Reason.TTL: 2}
+    index.let_go([key(3)])
+    clock.advance(61.0)
+    index.expire()
+    assert len(index) == 0
+
+
+def fill(index: Index, numbers: Iterable[int], tenant: bytes = b"") -> None:
+    for number in numbers:
+        for _, offset in index.reserve(1, [key(number)], ALIGNMENT, tenant):
+            assert index.commit(1, key(number), offset, number)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from kvcache import wire
 from kvcache.client import CacheClient, ask_figures, drop_all, drop_label, labels, pin_label
 from kvcache.index import Index
 from kvcache.keys import join_keys, tenant_of
+from kvcache.label_notes import LabelNotes
 from kvcache.labels import PINNED_SHARE, UNSEEN_S, Labels, Named
 from kvcache.ranges import ALIGNMENT
 from tests.kvcache.local_server import LocalServer, serving_here
@@ -26,19 +29,21 @@ from tests.kvcache.memory_tier import MemoryTier
 from tests.kvcache.places import BLOCK_BYTES, key, ledger_of
 from tests.kvcache.test_server import answer, chain
 from tests.poll import until
+from transport.mapping import Mapping, make_memfd
 
 CAPACITY = 12 * ALIGNMENT
+HALF = 4096
 ALICE, BOB = tenant_of("alice"), tenant_of("bob")
 
 
 class Stage:
     """An index of twelve small blocks and its labels."""
 
-    def __init__(self) -> None:
-        self.clock = ManualClock()
+    def __init__(self, notes: LabelNotes | None = None, clock: ManualClock | None = None) -> None:
+        self.clock = clock or ManualClock()
         ledger, self.memory = ledger_of(CAPACITY)
         self.index = Index(CAPACITY, ledger, self.clock)
-        self.labels = Labels(self.index, self.clock)
+        self.labels = Labels(self.index, self.clock, notes)
 
     def store(self, *numbers: int) -> None:
         for number in numbers:
@@ -176,6 +181,45 @@ def test_labels_and_their_keys_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     assert stage.shown()["a"] == (0, 4, False)
 
 
+def test_labels_survive_their_server_and_a_note_that_was_being_written() -> None:
+    memory = Mapping(fd := make_memfd(2 * HALF), 2 * HALF)
+    os.close(fd)
+    stage = Stage(LabelNotes(memory, 0, HALF))
+    stage.store(1, 2)
+    stage.name(Label("pinned", pin=True), 1, tenant=ALICE)
+    stage.name(Label("short", ttl_s=60.0), 2)
+    stage.labels.note()
+    stage.clock.advance(20.0)
+    stage.labels.drop("pinned", None)
+    stage.labels.note()
+
+    again = Stage(LabelNotes(memory, 0, HALF), stage.clock)
+    (label,) = again.labels.figures()
+    assert (label.name, label.num_tokens, label.expires_in_s) == ("short", 16, 40.0)
+    torn = memoryview(memory._mmap)
+    torn[memory._mmap.find(key(2))] ^= 1
+    torn.release()
+    older = Stage(LabelNotes(memory, 0, HALF), stage.clock)
+    assert {label.name: label.pinned for label in older.labels.figures()} == {"pinned": True, "short": False}
+    older.store(1, 2, *range(100, 140))
+    assert older.there(1, 2) == [1]
+    memory.close()
+
+
+def test_more_labels_than_there_is_room_to_note_are_said_to_be_unsaved() -> None:
+    memory = Mapping(fd := make_memfd(2 * HALF), 2 * HALF)
+    os.close(fd)
+    stage = Stage(LabelNotes(memory, 0, HALF))
+    stage.name(Label("small"), 1)
+    stage.labels.note()
+    assert not stage.labels.unsaved
+    stage.name(Label("large"), *range(HALF // 16))
+    stage.labels.note()
+    assert stage.labels.unsaved
+    assert len(Stage(LabelNotes(memory, 0, HALF)).labels) == 0, "no label comes back that has changed since"
+    memory.close()
+
+
 class LabelMachine(RuleBasedStateMachine):
     """Names, pins and drops in any order: what is counted is what follows from the labels that live."""
 
@@ -245,12 +289,18 @@ def server(tmp_path: Path, tier: MemoryTier) -> Iterator[LocalServer]:
         yield running
 
 
+@contextmanager
+def connected(server: LocalServer) -> Iterator[CacheClient]:
+    made = CacheClient(server.socket, wire.Hello("engine", "boot", BLOCK_BYTES))
+    until(lambda: made.is_connected, what="the connection")
+    yield made
+    made.close()
+
+
 @pytest.fixture
 def client(server: LocalServer) -> Iterator[CacheClient]:
-    connected = CacheClient(server.socket, wire.Hello("engine", "boot", BLOCK_BYTES))
-    until(lambda: connected.is_connected, what="the connection")
-    yield connected
-    connected.close()
+    with connected(server) as made:
+        yield made
 
 
 def store(client: CacheClient, *numbers: int) -> None:
@@ -280,16 +330,17 @@ def test_over_the_socket_labels_are_listed_pinned_and_dropped_everywhere(
     assert not pin_label(server.socket, "doc", True)
 
 
-def test_when_time_is_over_the_server_drops_the_blocks_by_itself(
-    server: LocalServer, client: CacheClient, tier: MemoryTier
-) -> None:
-    store(client, 1)
-    until(lambda: len(tier.kept) == 1, what="the block below")
-    client.send(wire.Name("doc", join_keys([key(1)]), ttl_s=0.3, pin=True))
-    until(lambda: labels(server.socket), what="the label")
-    until(lambda: not labels(server.socket), what="its end")
-    assert ask_figures(server.socket)["blocks"] == 0
-    until(lambda: not tier.kept, what="the tier to forget it")
+def test_when_time_is_over_the_server_drops_the_blocks_by_itself(tmp_path: Path, tier: MemoryTier) -> None:
+    clock = ManualClock()
+    with serving_here(tmp_path, 8 * BLOCK_BYTES, tier, clock=clock) as server, connected(server) as client:
+        store(client, 1)
+        until(lambda: len(tier.kept) == 1, what="the block below")
+        client.send(wire.Name("doc", join_keys([key(1)]), ttl_s=60.0, pin=True))
+        until(lambda: labels(server.socket), what="the label")
+        clock.advance(61.0)
+        until(lambda: not labels(server.socket), what="its end")
+        assert ask_figures(server.socket)["blocks"] == 0
+        until(lambda: not tier.kept, what="the tier to forget it")
 
 
 def test_pinning_too_much_says_so_and_drop_forgets_labels_too(server: LocalServer, client: CacheClient) -> None:

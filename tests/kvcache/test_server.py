@@ -15,7 +15,7 @@ import pytest
 
 from core.errors import TransferError
 from kvcache import wire
-from kvcache.client import CacheClient, ask_figures, drop_all, fetch_arena
+from kvcache.client import CacheClient, ask_figures, drop_all, fetch_arena, labels
 from kvcache.keys import join_keys
 from tests.kvcache.places import BLOCK_BYTES, Server, key, serving
 from tests.poll import until
@@ -94,7 +94,9 @@ def test_what_a_killed_engine_held_comes_back_and_what_it_stored_stays(server: S
 def test_a_restarted_server_takes_the_arena_over(server: Server) -> None:
     client = connect(server)
     store(client, 1, 2, 3)
+    client.send(wire.Name("doc", chain(1, 2), 32, ttl_s=600.0, pin=True))
     until(lambda: found(client, 1, 2, 3) == 3, what="the commit")
+    until(lambda: labels(server.socket), what="the label")
     arena, epoch = client.arena_id, client.epoch
     server.kill()
     until(lambda: not client.is_connected, what="the end of the connection")
@@ -104,6 +106,8 @@ def test_a_restarted_server_takes_the_arena_over(server: Server) -> None:
     until(lambda: client.is_connected, what="the new connection")
     assert (client.arena_id, client.epoch) == (arena, epoch + 1)
     assert found(client, 1, 2, 3) == 3
+    (label,) = labels(server.socket)
+    assert (label.name, label.blocks, label.num_tokens, label.pinned) == ("doc", 2, 32, True)
     client.close()
 
 
