@@ -43,15 +43,16 @@ class Blocking:
 
         return self._loop.run_until_complete(reading())
 
-    def begin(self, prompt: Any, **fields: Any) -> str:
-        """Streams, and leaves after the first piece."""
+    def begin(self, prompt: Any, then: Callable[[], None], **fields: Any) -> str:
+        """Streams, leaves the `async with` after the first piece, and calls `then`."""
 
         async def beginning() -> str:
             async with await self._inner.stream(prompt, **fields) as stream:
                 pieces = aiter(stream)
                 first = await anext(pieces)
-                await pieces.aclose()
-                return str(first)
+            await asyncio.to_thread(then)
+            await pieces.aclose()
+            return str(first)
 
         return self._loop.run_until_complete(beginning())
 
@@ -69,9 +70,13 @@ class Direct:
         with self._inner.stream(prompt, **fields) as stream:
             return list(stream), stream.generation
 
-    def begin(self, prompt: Any, **fields: Any) -> str:
+    def begin(self, prompt: Any, then: Callable[[], None], **fields: Any) -> str:
         with self._inner.stream(prompt, **fields) as stream:
-            return next(iter(stream))
+            pieces = iter(stream)
+            first = next(pieces)
+        then()
+        del pieces
+        return first
 
 
 @contextmanager

@@ -95,8 +95,11 @@ def test_a_stream_that_breaks_off_is_an_error_and_one_that_is_left_ends_at_the_i
         client.read("?", max_tokens=5)
     place.decode.behaviour.break_after, place.decode.behaviour.hold_after = None, 1
     until(lambda: place.fleet.state(place.decode) == "ready", "D is back")
-    assert client.begin("?", max_tokens=5) == " t0"
-    until(lambda: len(place.decode.left) == 1, "the instance has noticed")
+
+    def noticed() -> None:
+        until(lambda: len(place.decode.left) == 1, "the instance has noticed")
+
+    assert client.begin("?", noticed, max_tokens=5) == " t0"
     place.decode.behaviour.hold_after = None
 
 

@@ -40,10 +40,11 @@ def keys_of(body: dict[str, Any]) -> list[BlockKey]:
 
 @dataclass
 class StoringEngine(FakeEngine):
-    """socket: of the cache server; forgetful: stores nothing."""
+    """socket: of the cache server. forgetful: stores nothing. hold_commit: what is written is not complete yet."""
 
     socket: str = ""
     forgetful: bool = False
+    hold_commit: bool = False
     cache: CacheClient = field(init=False)
 
     def __enter__(self) -> StoringEngine:
@@ -78,6 +79,11 @@ class StoringEngine(FakeEngine):
         while (granted := self.cache.take(number)) is None:
             await asyncio.sleep(0.002)
         assert isinstance(granted, wire.Granted)
+        self._committing = asyncio.create_task(self._commit(keys, granted))
+
+    async def _commit(self, keys: list[BlockKey], granted: wire.Granted) -> None:
+        """Behind the answer's back, as an engine's worker does."""
+        await self._while(lambda: self.hold_commit)
         written = [wire.Written(keys[grant.index], grant.offset, 1) for grant in granted.grants]
         self.cache.send(wire.Commit(written))
 

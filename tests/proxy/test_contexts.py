@@ -55,6 +55,16 @@ def test_a_text_is_computed_on_p_alone_and_its_blocks_are_found_when_it_is_answe
     assert (record["status"], record["path"]["why"]) == ("done", "one_token")
 
 
+def test_it_is_answered_when_its_last_block_can_be_found(place: Place) -> None:
+    place.prefill.hold_commit = True
+    with place.fleet.in_background(lambda: place.post(text=A)) as answers:
+        until(lambda: bool(place.labels()), "it has its name")
+        assert [label.blocks for label in place.labels().values()] == [0]
+        assert answers == []
+        place.prefill.hold_commit = False
+    assert answers[0].json()["blocks"] == len(A) // BLOCK
+
+
 def test_both_legs_get_the_composed_prompt_and_nothing_of_ours(place: Place) -> None:
     ids = place.ids(A, B)
     before = len(place.prefill.generations())
