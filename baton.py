@@ -14,9 +14,13 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from core.errors import BatonError, ConfigError
+
+if TYPE_CHECKING:
+    from client import AsyncBatonClient as AsyncBatonClient
+    from client import BatonClient as BatonClient
 
 _PASSED = ("--prefill-args", "--decode-args")
 _CLEAR = "\r\033[K"
@@ -28,6 +32,7 @@ _CACHE = {
     "pin": "Keeps a label's blocks from being evicted.",
     "unpin": "Lets a label's blocks be evicted again.",
     "drop": "Makes the cache server forget a label and its blocks, or every block.",
+    "warm": "Computes contexts ahead of time: texts and messages of files.",
 }
 
 
@@ -45,6 +50,13 @@ class _Parser(argparse.ArgumentParser):
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
             raise ConfigError(f"unknown argument {unknown[0]!r}; {hint}")
         return options
+
+
+def __getattr__(name: str) -> object:
+    """`from baton import BatonClient`, without httpx for those who only want the command."""
+    if name in ("AsyncBatonClient", "BatonClient"):
+        return getattr(importlib.import_module("client"), name)
+    raise AttributeError(f"module 'baton' has no attribute {name!r}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +85,7 @@ _USAGE = """usage: baton COMMAND ...
 
   serve xPyD   start x prefill and y decode instances behind one OpenAI endpoint, and stay up
   instance     start one instance that joins a proxy, here or on another host
-  cache        serve, stats, ls, pin, unpin, drop: the host's shared KV cache by hand
+  cache        serve, stats, ls, pin, unpin, drop, warm: the host's shared KV cache by hand
   demo         start 1P1D with the bundled model, ask a question, show its timeline, stop
   bench NAME   measure; NAME is one of: handoff, codecs
 
@@ -122,11 +134,13 @@ def _instance(arguments: Sequence[str]) -> int:
 
 
 def _cache(arguments: Sequence[str]) -> int:
-    """`baton cache serve SIZE`, `stats`, `ls`, `pin LABEL`, `unpin LABEL`, `drop [LABEL]`."""
+    """`baton cache serve SIZE`, `stats`, `ls`, `pin LABEL`, `unpin LABEL`, `drop [LABEL]`, `warm FILE`."""
     if not arguments or arguments[0] not in _CACHE:
         raise ConfigError(f"baton cache needs one of: {', '.join(_CACHE)}")
     name = arguments[0]
     parser = _Parser(f"baton cache {name}", description=_CACHE[name], allow_abbrev=False)
+    if name == "warm":
+        return _warm(parser, arguments[1:])
     if name == "serve":
         parser.add_argument(
             "size", metavar="8GiB[,disk=PATH:100GiB][,redis://...][,codec=zstd]", help="of memory, and further tiers"
@@ -136,6 +150,20 @@ def _cache(arguments: Sequence[str]) -> int:
     parser.add_argument("--socket", help="where it listens (one per user and host)")
     options = parser.parse(arguments[1:])
     return int(getattr(importlib.import_module("cluster.cache_command"), name)(options))
+
+
+def _warm(parser: _Parser, arguments: Sequence[str]) -> int:
+    parser.add_argument(
+        "files", metavar="FILE", nargs="+", help="JSON lines (.jsonl) of contexts, or one text per file"
+    )
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the proxy (http://127.0.0.1:8000)")
+    parser.add_argument("--endpoint", choices=("chat", "completion"), help="of texts in plain files (completion)")
+    parser.add_argument("--ttl-s", type=float, help="how long those that say nothing else are kept (no limit)")
+    parser.add_argument("--pin", action="store_true", help="keep those that say nothing else from being evicted")
+    parser.add_argument(
+        "--api-key-file", metavar="FILE", help="holds the API key of the tenant whose contexts they are"
+    )
+    return _call("client.warm", parser.parse(arguments))
 
 
 def _demo(arguments: Sequence[str]) -> int:

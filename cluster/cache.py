@@ -24,7 +24,7 @@ class CacheMember(Member):
     """A cache server of this launcher. Raises TransferError if there is no memory for its arena."""
 
     def __init__(self, spec: CacheSpec, folder: Path, socket: Path | None = None) -> None:
-        self.socket = socket or folder / "cache.sock"
+        self.socket = socket or socket_path(spec, folder)
         if len(str(self.socket)) > LONGEST_SOCKET:
             raise ConfigError(f"{self.socket} is longer than a socket's path may be ({LONGEST_SOCKET} characters)")
         self._fds = fds = ArenaFds(spec.num_bytes)
@@ -40,6 +40,11 @@ class CacheMember(Member):
     def release(self) -> None:
         """Called after the server was stopped: the arena goes with the last engine that maps it."""
         self._fds.close()
+
+
+def socket_path(spec: CacheSpec, folder: Path) -> Path:
+    """Where a cluster's cache server listens: the one that runs already, or its own."""
+    return Path(spec.socket) if spec.socket else folder / "cache.sock"
 
 
 def socket_of(text: str) -> str:

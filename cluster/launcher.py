@@ -166,6 +166,7 @@ class Cluster:
         command = [sys.executable, "-P", "-m", "proxy", "--host", self._address.host, "--port", str(self._address.port)]
         command += ["--open-control"] if self._options.open_control else []
         command += ["--tenant-key", str(_tenant_key())]
+        command += plan.contexts_arguments(self._options.cache, folder.path)
         command += self._options.proxy_arguments
         log = folder.path / "proxy.log"
         proxy = Member("proxy", log, lambda: start_child(command, {"PYTHONPATH": source_path()}, log))

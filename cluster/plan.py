@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import msgspec
 
 from cluster import cores
+from cluster.cache import socket_path
 from cluster.options import ClusterOptions, Start
 from cluster.ports import LOOPBACK, WILDCARDS, Address, check_free, free_ports, is_loopback
 from core.errors import ConfigError
@@ -15,6 +17,7 @@ from core.topology import Topology
 from engine.build import Build, Device
 from engine.instance import ENV_VLLM_CORES, InstanceSpec
 from engine.preflight import check_arguments, check_device, check_memory, check_model
+from kvcache.spec import CacheSpec
 
 
 def instances(topology: Topology, options: ClusterOptions, proxy_url: str, build: Build) -> list[InstanceSpec]:
@@ -47,6 +50,13 @@ def instances(topology: Topology, options: ClusterOptions, proxy_url: str, build
 def with_cache(spec: InstanceSpec, socket: str) -> InstanceSpec:
     """The same instance with the host's KV cache behind it."""
     return msgspec.structs.replace(spec, connector={"cache": socket} | spec.connector)
+
+
+def contexts_arguments(cache: CacheSpec | None, folder: Path) -> list[str]:
+    """For the proxy: the cache server's socket, and the file that remembers contexts. Nothing without a cache."""
+    if cache is None:
+        return []
+    return ["--cache-socket", str(socket_path(cache, folder)), "--contexts-file", str(folder / "contexts.jsonl")]
 
 
 def check(specs: list[InstanceSpec], build: Build, cache_bytes: int = 0) -> None:

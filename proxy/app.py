@@ -19,10 +19,18 @@ from starlette.types import Receive, Scope, Send
 from core.clock import Clock
 from core.errors import BatonError
 from proxy.admission import Admission
-from proxy.body import MAX_BODY_BYTES, ClientBody, read_body
+from proxy.ahead import Ahead
+from proxy.arrival import client_id, forwarded, read
+from proxy.body import ClientBody, read_body
+from proxy.context_journal import Journal
+from proxy.context_orders import Orders
+from proxy.context_routes import ContextRoutes
+from proxy.context_store import ContextStore
+from proxy.context_use import Composition, ContextUse
 from proxy.control import Control
-from proxy.errors import ErrorAnswer, LegFailed, NoInstance, RequestRefused, error_answer, http_error_answer
+from proxy.errors import ErrorAnswer, LegFailed, NoInstance, error_answer, http_error_answer
 from proxy.flow import Exchange, Flow, new_request_id
+from proxy.labels import Labels
 from proxy.leg import Answer, Call, Upstream
 from proxy.metrics import Metrics
 from proxy.records import Records
@@ -31,9 +39,6 @@ from proxy.router import Router
 from proxy.settings import Settings
 from proxy.split import Endpoint
 from proxy.tenant import make_tenants
-
-_FORWARDED = ("authorization", "traceparent", "tracestate")
-_MAX_CLIENT_ID = 256
 
 PASSED_THROUGH = [
     "/tokenize",
@@ -68,6 +73,7 @@ def make_app(settings: Settings, clock: Clock) -> FastAPI:
         app.add_api_route(path, proxy.pass_through, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", proxy.models, methods=["GET"], response_model=None)
     app.include_router(proxy.control.routes())
+    app.include_router(proxy.context_routes.routes(proxy.of_tenant))
     app.add_exception_handler(BatonError, _on_our_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(ClientDisconnect, _on_client_gone)
@@ -89,6 +95,10 @@ class Proxy:
         self.records = Records(clock, metrics)
         self.control = Control(settings, self.registry, self.admission, self.records, metrics)
         self._flow = Flow(settings, self.router, self.admission, self.upstream, self.records)
+        store = self._store = ContextStore(settings, clock, Journal(settings.contexts_file))
+        self._contexts = ContextUse(store, Orders())
+        ahead, labels = Ahead(self._flow, self.records), Labels(settings.cache_socket)
+        self.context_routes = ContextRoutes(store, self._contexts, ahead, labels, clock)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
@@ -100,29 +110,39 @@ class Proxy:
             await asyncio.wait({watching})
             await self.registry.close()
             await self.upstream.close()
+            self._store.close()
 
     def generate(self, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
         """The handler of an endpoint that is split."""
 
         async def handle(request: Request) -> Response:
-            forwarded = _forwarded(request)
-            body = self._of_tenant(read_body(await _read(request)), forwarded)
-            return _Generation(self._flow, self.records, endpoint, body, forwarded)
+            headers = forwarded(request)
+            body = self.of_tenant(read_body(await read(request)), headers)
+            composition = self._contexts.compose(endpoint, body, body.fields.get("cache_salt"))
+            return _Generation(self, endpoint, composition, headers)
 
         return handle
 
     async def pass_through(self, request: Request) -> Response:
-        body, forwarded = read_body(await _read(request)), _forwarded(request)
+        body, headers = read_body(await read(request)), forwarded(request)
         if request.url.path in SALTED:
-            body = self._of_tenant(body, forwarded)
-        return await self._ask_any(Call(request.url.path, forwarded, body.raw))
+            body = self.of_tenant(body, headers)
+        return await self._ask_any(Call(request.url.path, headers, body.raw))
 
     async def models(self, request: Request) -> Response:
-        return await self._ask_any(Call("/v1/models", _forwarded(request), method="GET"))
+        return await self._ask_any(Call("/v1/models", forwarded(request), method="GET"))
 
-    def _of_tenant(self, body: ClientBody, forwarded: dict[str, str]) -> ClientBody:
-        salt = self._tenants.salt(forwarded.get("authorization")) if self._tenants is not None else None
+    def of_tenant(self, body: ClientBody, headers: dict[str, str]) -> ClientBody:
+        """The body in the cache of whoever has sent these headers."""
+        salt = self._tenants.salt(headers.get("authorization")) if self._tenants is not None else None
         return body.with_salt(salt)
+
+    async def serve(self, exchange: Exchange, composition: Composition) -> None:
+        """One generation, to its end."""
+        exchange.record.contexts = composition.reuse
+        await self._flow.run(exchange)
+        if exchange.record.status == "done":
+            self._contexts.done(composition)
 
     async def _ask_any(self, call: Call) -> Response:
         """One decode instance, or a prefill one; another if it fails."""
@@ -143,20 +163,17 @@ class Proxy:
 class _Generation(Response):
     """Runs the flow as the response, watching the client meanwhile."""
 
-    def __init__(
-        self, flow: Flow, records: Records, endpoint: Endpoint, body: ClientBody, forwarded: dict[str, str]
-    ) -> None:
+    def __init__(self, proxy: Proxy, endpoint: Endpoint, composition: Composition, headers: dict[str, str]) -> None:
         super().__init__()
-        self._flow = flow
-        self._records = records
+        self._proxy = proxy
         self._endpoint = endpoint
-        self._body = body
-        self._forwarded = forwarded
+        self._composition = composition
+        self._forwarded = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        record = self._records.start(new_request_id(), _client_id(scope), self._endpoint.value)
-        exchange = Exchange(self._endpoint, self._body, self._forwarded, record, send)
-        running = asyncio.create_task(self._flow.run(exchange))
+        record = self._proxy.records.start(new_request_id(), client_id(scope), self._endpoint.value)
+        exchange = Exchange(self._endpoint, self._composition.body, self._forwarded, record, send)
+        running = asyncio.create_task(self._proxy.serve(exchange, self._composition))
         watching = asyncio.create_task(_until_gone(receive))
         try:
             await asyncio.wait({running, watching}, return_when=asyncio.FIRST_COMPLETED)
@@ -173,29 +190,6 @@ class _Generation(Response):
 async def _until_gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _read(request: Request) -> bytes:
-    """The body, up to its bound."""
-    chunks, num_bytes = [], 0
-    async for chunk in request.stream():
-        num_bytes += len(chunk)
-        if num_bytes > MAX_BODY_BYTES:
-            raise RequestRefused(f"the body is larger than {MAX_BODY_BYTES} bytes", 413, code="body_too_large")
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-def _forwarded(request: Request) -> dict[str, str]:
-    headers = {"Content-Type": "application/json"}
-    return headers | {name: request.headers[name] for name in _FORWARDED if name in request.headers}
-
-
-def _client_id(scope: Scope) -> str | None:
-    for name, value in scope["headers"]:
-        if name == b"x-request-id":
-            return str(value[:_MAX_CLIENT_ID], "latin-1")
-    return None
 
 
 def _response(answer: Answer) -> Response:

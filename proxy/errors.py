@@ -3,6 +3,7 @@
 BatonError (core/errors)
 ├── RequestRefused       this request will never be served as it is: 400, 404, 413, ...
 ├── NoInstance           nobody can serve now: 503 with Retry-After
+├── CacheUnreachable     the host's cache server does not answer: 503 with Retry-After
 ├── Overloaded (core)    a bound was reached: 429 with Retry-After
 └── LegFailed            one instance could not be reached or broke off; translated from the network's errors
 """
@@ -34,6 +35,10 @@ class NoInstance(BatonError):
     """No instance can serve this request at the moment."""
 
 
+class CacheUnreachable(BatonError):
+    """What needs the cache server itself, and not only what it keeps, must wait."""
+
+
 class LegFailed(BatonError):
     """An instance was not reached, or broke off before its answer was whole. The text is the reason, in few words."""
 
@@ -47,6 +52,7 @@ _TYPES = {
     400: "invalid_request_error",
     403: "permission_error",
     404: "not_found_error",
+    409: "conflict_error",
     429: "rate_limit_error",
 }
 
@@ -88,6 +94,8 @@ def error_answer(error: BatonError) -> ErrorAnswer:
         return ErrorAnswer(429, text, "overloaded", retry_after_s=error.retry_after_s)
     if isinstance(error, NoInstance):
         return ErrorAnswer(503, text, "no_instance", retry_after_s=1.0)
+    if isinstance(error, CacheUnreachable):
+        return ErrorAnswer(503, text, "cache_unreachable", retry_after_s=1.0)
     if isinstance(error, LegFailed):
         return ErrorAnswer(503, f"the instance that served this request was lost: {text}", "instance_lost", None, 1.0)
     return ErrorAnswer(500, text, "internal_error")

@@ -27,7 +27,7 @@ from typing import Any
 import msgspec
 
 from core.errors import Overloaded
-from core.handoff import Handoff, Peer
+from core.handoff import Handoff, Label, Peer
 from proxy.admission import Admission, Lease
 from proxy.body import ClientBody
 from proxy.errors import ErrorAnswer, LegFailed, NoInstance, error_answer
@@ -45,13 +45,14 @@ _END_OF_STREAM = b"data: [DONE]\n\n"
 
 
 class Exchange(msgspec.Struct, frozen=True):
-    """One client's request, and the way back to it."""
+    """One client's request, and the way back to it. label: names the prompt's blocks in the host's cache."""
 
     endpoint: Endpoint
     body: ClientBody
     forwarded: dict[str, str]
     record: Record
     send: Send
+    label: Label | None = None
 
     @property
     def id(self) -> str:
@@ -135,7 +136,7 @@ class Flow:
         return answer
 
     async def _ask(self, exchange: Exchange, server: Instance, prefill: Instance | None) -> Answer | LegFailed:
-        body = exchange.body.with_ticket(self._ticket(exchange.id, server, prefill))
+        body = exchange.body.with_ticket(self._ticket(exchange, server, prefill))
         try:
             return await self._upstream.ask(server, exchange.call(body))
         except LegFailed as failure:
@@ -176,7 +177,7 @@ class Flow:
 
     async def _prefill(self, exchange: Exchange, server: Instance, prefill: Instance) -> str:
         """P's leg. Empty if it ended well, else why not."""
-        ticket = self._ticket(exchange.id, server, prefill)
+        ticket = self._ticket(exchange, server, prefill)
         assert ticket is not None, "the router pairs only instances with a control address"
         copy = prefill_body(exchange.endpoint, exchange.body.fields, ticket)
         try:
@@ -185,11 +186,11 @@ class Flow:
             return failure.why
         return "" if answer.status == HTTPStatus.OK else f"status {answer.status}"
 
-    def _ticket(self, request_id: str, server: Instance, prefill: Instance | None) -> Handoff | None:
+    def _ticket(self, exchange: Exchange, server: Instance, prefill: Instance | None) -> Handoff | None:
         if not server.info.control:
             return None
         peer = _peer(prefill) if prefill is not None else None
-        return Handoff(request_id, _peer(server), peer, self._settings.timeout_s)
+        return Handoff(exchange.id, _peer(server), peer, self._settings.timeout_s, exchange.label)
 
     async def _relay(self, exchange: Exchange, answer: Answer) -> bool:
         """The answer to the client. True if it was whole and no error."""
@@ -233,6 +234,8 @@ class Flow:
 
     async def _start(self, exchange: Exchange, status: int, headers: dict[str, str]) -> None:
         headers = headers | {"x-request-id": exchange.id}
+        if exchange.record.contexts:
+            headers["x-baton-contexts"] = ", ".join(f"{id_}={reuse}" for id_, reuse in exchange.record.contexts)
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await exchange.send({"type": "http.response.start", "status": status, "headers": raw})
 

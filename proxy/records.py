@@ -26,7 +26,7 @@ class Record:
     """One request. `when_reported` is called at each report of the decode side.
 
     heard: the decode side has said something; reported: it has said everything. is_whole: the client has been sent
-    the end of its stream, and may hang up before we do.
+    the end of its stream, and may hang up before we do. contexts: (id, `prefix` or `recomputed`) in their order.
     """
 
     def __init__(self, request_id: str, client_id: str | None, endpoint: str, now_s: float) -> None:
@@ -39,6 +39,7 @@ class Record:
         self.server: Instance | None = None
         self.why = ""
         self.resumed: list[dict[str, str]] = []
+        self.contexts: tuple[tuple[str, str], ...] = ()
         self.reports: dict[Role, Report] = {}
         self.when_reported: Callable[[], None] = lambda: None
         self.is_whole = False
@@ -149,6 +150,7 @@ def show(record: Record) -> dict[str, Any]:
         "prefill": _account(prefill, queued),
         "decode": _account(decode, queued),
         "resumed": record.resumed,
+        "contexts": [{"id": id_, "reuse": reuse} for id_, reuse in record.contexts],
     }
 
 

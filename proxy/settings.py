@@ -16,6 +16,9 @@ class Settings(msgspec.Struct, frozen=True):
         own in the path of every prompt, so it is for closed networks.
     tenant_key: path of the file with the secret that makes salts of API keys; empty: a random one per start.
     share_between_keys: API keys are no tenants, and share one KV cache; only a body's own `cache_salt` separates.
+    cache_socket: of the host's cache server, for contexts; empty: there is none.
+    contexts_file: where contexts are kept for a proxy that is started again; empty: nowhere.
+    context_limit, context_bytes: contexts of all tenants, and their texts together.
     takeover_s: how long, after its prefill instance failed, a decode instance may take to say that it goes on alone.
     lost_after_s: without a heartbeat for this long, an instance gets no new requests.
     gone_after_s: without a heartbeat for this long, the requests it holds are given up and sent elsewhere.
@@ -30,6 +33,10 @@ class Settings(msgspec.Struct, frozen=True):
     open_control: bool = False
     tenant_key: str = ""
     share_between_keys: bool = False
+    cache_socket: str = ""
+    contexts_file: str = ""
+    context_limit: int = 4096
+    context_bytes: int = 256 << 20
     takeover_s: float = 3.0
     lost_after_s: float = 8.0
     gone_after_s: float = 30.0

@@ -51,3 +51,8 @@ def chat_messages(num_tokens: int, seed: int) -> list[dict[str, Any]]:
         {"role": "system", "content": f"You are player {seed}. Answer in verse."},
         {"role": "user", "content": text or "Speak."},
     ]
+
+
+def text_prompt(num_tokens: int, seed: int) -> str:
+    """A text of about so many tokens."""
+    return f"{seed}. {_tokenizer().decode(token_prompt(num_tokens, seed)[2:])}"

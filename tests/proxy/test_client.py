@@ -173,7 +173,7 @@ def test_what_is_no_json_object_is_a_400(fleet: Fleet, pair: Pair) -> None:
 
 
 def test_a_body_over_the_bound_is_a_413(fleet: Fleet, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.app.MAX_BODY_BYTES", 100)
+    monkeypatch.setattr("proxy.arrival.MAX_BODY_BYTES", 100)
     answer = fleet.complete(prompt="x" * 100)
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
 
