@@ -93,11 +93,12 @@ class Proxy:
         self.registry.on_change = self.admission.pump
         metrics = Metrics()
         self.records = Records(clock, metrics)
-        self.control = Control(settings, self.registry, self.admission, self.records, metrics)
+        labels = Labels(settings.cache_socket)
+        self.control = Control(settings, self.registry, self.admission, self.records, metrics, labels)
         self._flow = Flow(settings, self.router, self.admission, self.upstream, self.records)
         store = self._store = ContextStore(settings, clock, Journal(settings.contexts_file))
         self._contexts = ContextUse(store, Orders())
-        ahead, labels = Ahead(self._flow, self.records), Labels(settings.cache_socket)
+        ahead = Ahead(self._flow, self.records)
         self.context_routes = ContextRoutes(store, self._contexts, ahead, labels, clock)
 
     @contextlib.asynccontextmanager

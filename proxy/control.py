@@ -16,6 +16,7 @@ from core.handoff import Role
 from core.topology import Heartbeat
 from proxy.admission import Admission
 from proxy.errors import ErrorAnswer, RequestRefused
+from proxy.labels import Labels
 from proxy.metrics import Metrics
 from proxy.records import Records, show
 from proxy.registry import Instance, Registry, State
@@ -28,13 +29,20 @@ class Control:
     """The endpoints beside the OpenAI ones."""
 
     def __init__(
-        self, settings: Settings, registry: Registry, admission: Admission, records: Records, metrics: Metrics
+        self,
+        settings: Settings,
+        registry: Registry,
+        admission: Admission,
+        records: Records,
+        metrics: Metrics,
+        labels: Labels,
     ) -> None:
         self._settings = settings
         self._registry = registry
         self._admission = admission
         self._records = records
         self._metrics = metrics
+        self._labels = labels
 
     def routes(self) -> APIRouter:
         router = APIRouter()
@@ -86,6 +94,7 @@ class Control:
 
     async def get_metrics(self) -> Response:
         instances = self._registry.all()
+        self._metrics.load.set_cache(await self._labels.server_figures())
         self._metrics.load.queue.set(self._admission.queue_length)
         self._metrics.load.set_instances(
             Counter((i.role, i.state.value) for i in instances),

@@ -1,4 +1,4 @@
-"""What the host's cache server keeps of each context: its labels, asked for in threads, with a bound.
+"""What the host's cache server keeps, of each context by its label and in all: asked for in threads, with a bound.
 
     event loop ── to_thread ──▶ kvcache.client ── unix socket ──▶ cache server
 
@@ -45,6 +45,15 @@ class Labels:
         if not self._socket:
             return {}
         return {figures.name: figures for figures in await self._ask(lambda: client.labels(self._socket))}
+
+    async def server_figures(self) -> dict[str, float]:
+        """The server's counters and sizes; none without a cache, or where it does not answer."""
+        if not self._socket:
+            return {}
+        try:
+            return await self._ask(lambda: client.ask_figures(self._socket))
+        except CacheUnreachable:
+            return {}
 
     async def complete(self, name: str, num_blocks: int, timeout_s: float) -> LabelFigures | None:
         """The label once so many of its blocks are complete, or as it is when the time is over."""

@@ -127,7 +127,19 @@ class _Load:
         self.handoffs = Gauge(
             "baton_outstanding_handoffs", "Hand-offs under way, by prefill instance", ["instance"], registry=registry
         )
+        self.cache = Gauge(
+            "baton_cache_server",
+            "Of the host's cache server, by the names of baton cache stats: bytes in use, evictions by reason, ...",
+            ["figure"],
+            registry=registry,
+        )
         self.instances = Gauge("baton_instances", "Instances by role and state", ["role", "state"], registry=registry)
+
+    def set_cache(self, figures: dict[str, float]) -> None:
+        """What the host's cache server says of itself; nothing where it does not answer."""
+        self.cache.clear()
+        for name, value in figures.items():
+            self.cache.labels(name).set(value)
 
     def set_instances(self, counts: dict[tuple[Role, str], int], handoffs: dict[str, int]) -> None:
         self.instances.clear()

@@ -55,6 +55,12 @@ def test_a_text_is_computed_on_p_alone_and_its_blocks_are_found_when_it_is_answe
     assert (record["status"], record["path"]["why"]) == ("done", "one_token")
 
 
+def test_the_metrics_say_what_the_cache_server_says(place: Place) -> None:
+    made = place.made(text=A, pin=True)
+    assert place.fleet.metric('baton_cache_server{figure="committed_blocks"}') == made["blocks"]
+    assert place.fleet.metric('baton_cache_server{figure="pinned_bytes"}') >= made["bytes"]
+
+
 def test_it_is_answered_when_its_last_block_can_be_found(place: Place) -> None:
     place.prefill.hold_commit = True
     with place.fleet.in_background(lambda: place.post(text=A)) as answers:
