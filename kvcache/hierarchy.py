@@ -258,16 +258,18 @@ class Hierarchy:
                 self._queue.task_done()
 
     async def _put(self, down: _Down) -> None:
-        """To every tier; the bytes stay pinned until the last thread has let go of them."""
+        """To every tier at once; the bytes stay pinned until the last thread has let go of them."""
         entry = down.entry
         if entry.state is not State.READY:  # dropped while it waited
             self._let_go(down)
             return
         ended = self._putting[entry.key] = asyncio.get_running_loop().create_future()
         block = view(self._arena.address + entry.offset, entry.num_bytes)
+        puts = [
+            (level, level.submit(partial(level.tier.put, entry.key, entry.digest, block))) for level in self._written
+        ]
         futures, num_done = [], 0
-        for level in self._written:
-            future = level.submit(partial(level.tier.put, entry.key, entry.digest, block))
+        for level, future in puts:
             done = await level.wait(future, PUT_TIMEOUT_S, False)
             level.counts.puts += done
             level.counts.put_bytes += done * entry.num_bytes

@@ -16,6 +16,7 @@ import msgspec
 from starlette.responses import Response
 
 from core.handoff import Label
+from kvcache.partial import MIN_TOKENS
 from proxy.body import ClientBody
 from proxy.flow import Exchange, Flow, new_request_id
 from proxy.records import Records
@@ -34,8 +35,11 @@ class Computed(msgspec.Struct, frozen=True):
 
     @property
     def num_blocks(self) -> int:
-        """Full ones: those can be kept."""
-        return self.tokens // self.block_size if self.block_size else 0
+        """That can be kept: full ones, and the prompt's end if it is not too short."""
+        if not self.block_size:
+            return 0
+        num_full, end = divmod(self.tokens, self.block_size)
+        return num_full + (end >= MIN_TOKENS)
 
 
 class _Answer:

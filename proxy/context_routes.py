@@ -18,6 +18,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from core.clock import Clock
+from kvcache.partial import MIN_TOKENS
 from kvcache.wire import LabelFigures
 from proxy.ahead import Ahead, Computed
 from proxy.arrival import forwarded, read
@@ -180,7 +181,8 @@ def _note(context: Context, found: LabelFigures | None, block_size: int) -> str:
     if not context.num_blocks:
         if not block_size:
             return "the instance that computed it has no cache: nothing is kept"
-        return f"shorter than one block of {block_size} tokens: nothing is kept, each request computes it"
+        least = min(block_size, MIN_TOKENS)
+        return f"shorter than {least} tokens: nothing is kept, each request computes it"
     if found is None:
         return "the cache server knows no block of it: do the instances share its cache (--cache unix:PATH)?"
     if found.blocks < context.num_blocks:

@@ -42,7 +42,21 @@ SUPPORTED: list[tuple[str, str, str]] = [
         "yes",
         "engine/test_cache.py::test_everything_restarted_the_disk_gives_it_back",
     ),
+    (
+        "Chats, shared documents, summaries, code: exact from every tier",
+        "yes",
+        "engine/test_cache_exact.py::test_everything_new_but_one_lower_tier",
+    ),
+    (
+        "Preemption and eviction at concurrency 16, clients that leave",
+        "yes",
+        "engine/test_cache_exact.py::test_too_little_memory_everywhere",
+    ),
     ("KV cache in Redis, one of two servers dying", "yes", "kvcache/test_redis.py"),
+    ("Other hosts' arenas (tested on one host)", "yes", "engine/test_peers.py"),
+    ("Object stores (S3 protocol, files)", "yes", "kvcache/test_object_tier.py"),
+    ("Codecs: zstd, lz4 exact; fp8, int8, int4 within their stated error", "yes", "kvcache/test_codecs.py"),
+    ("Named contexts, templates, `BatonClient`", "yes", "engine/test_contexts.py"),
     (
         "The cache server dies, hangs, or its memory is flipped",
         "yes",

@@ -254,7 +254,7 @@ def test_delete_forgets_the_context_its_label_and_its_blocks(place: Place) -> No
 def test_a_short_text_is_made_and_says_that_nothing_is_kept(place: Place) -> None:
     made = place.made(text="short")
     assert (made["tokens"], made["blocks"], made["bytes"]) == (5, 0, 0)
-    assert f"shorter than one block of {BLOCK} tokens" in made["note"]
+    assert f"shorter than {BLOCK} tokens" in made["note"]
     assert place.complete([made["id"]], "!").status_code == 200
     assert place.asked()["prompt"] == "short!"
 
