@@ -125,6 +125,35 @@ def test_the_servers_death_costs_hits_and_no_request(server: Server, pair: tuple
     assert a.arrive("uncommitted", (7, 8)) == 0
 
 
+def test_a_server_killed_between_reserve_and_commit_leaves_nothing_held_and_nothing_wrong(
+    server: Server, pair: tuple[Instance, Instance]
+) -> None:
+    """Its successor gives the same places to another writer, while the first has not noticed yet."""
+    a, b = pair
+    assert a.arrive("first", PROMPT) == 0
+    blocks = [a.engine.fill(index, number) for index, number in enumerate(PROMPT)]
+    a.writer.granted("first", a.reader.grants("first"))
+    server.kill()
+    server.start()
+    until(lambda: b.client.epoch == 2 and a.client.epoch == 2, what="both connections")
+    assert b.arrive("other", (7, 8, 9)) == 0
+    others = [b.engine.fill(index, number) for index, number in enumerate((7, 8, 9))]
+    assert b.compute("other", (7, 8, 9), 3) == 3
+    a.writer.scheduled("first", [key(n) for n in PROMPT], 3 * BLOCK_SIZE, list(range(3)))
+    assert a.step() == 0, "its places were the dead server's"
+    for instance, request in ((a, "first"), (b, "other")):
+        instance.finish(request)
+    until(lambda: server.figures()["reserved_bytes"] == 0, what="every place")
+    assert a.arrive("after", (7, 8, 9)) == 3 * BLOCK_SIZE
+    assert a.load("after", 3 * BLOCK_SIZE, [8, 9, 10]).why == ""
+    assert [a.engine.block(block_id) for block_id in (8, 9, 10)] == others
+    assert a.arrive("again", PROMPT) == 0
+    assert a.compute("again", PROMPT, 3) == 3
+    assert b.arrive("again", PROMPT) == 3 * BLOCK_SIZE
+    assert b.load("again", 3 * BLOCK_SIZE, [8, 9, 10]).why == ""
+    assert [b.engine.block(block_id) for block_id in (8, 9, 10)] == blocks
+
+
 def test_a_hanging_server_costs_each_request_its_budget_until_the_breaker_opens_and_it_closes_again(
     server: Server, pair: tuple[Instance, Instance]
 ) -> None:
