@@ -52,7 +52,7 @@ class Header(msgspec.Struct, frozen=True):
 
 
 class Codec(Protocol):
-    """Bytes to fewer bytes. code: 0 to 255, the codec's own in headers. error_share: by how much a number may differ
+    """Bytes to fewer bytes. code: 0 to 127, the codec's own in headers. error_share: by how much a number may differ
     after decoding, as a share of the largest magnitude among its head's keys (or values) in its layer; what rounding to
     the block's own dtype adds is not in it. 0 if lossless."""
 

@@ -26,6 +26,10 @@ from kvcache.lossless import RawCodec
 from kvcache.shape import KnownShapes
 from kvcache.tier import Tier, TierFigures
 
+_RAW_BESIDE = 128
+"""Added to a lossy codec's code for blocks that its tier keeps as they are: they may have been computed after rounded
+ones, so a tier with another codec refuses both."""
+
 
 class EncodedTier:
     """See kvcache/tier.py. shapes: of blocks, by size, as far as the server's clients have named them."""
@@ -36,7 +40,7 @@ class EncodedTier:
         self.is_written = inner.is_written
         self._inner = inner
         self._codec = codec
-        self._raw = RawCodec()
+        self._raw = RawCodec(0 if codec.is_lossless else codec.code + _RAW_BESIDE)
         self._shapes = shapes
         self._lock = threading.Lock()
         self._encoded_bytes = 0

@@ -37,9 +37,12 @@ class RawCodec:
     """The block as it is, behind a header. See kvcache/codec.py."""
 
     name = "raw"
-    code = 0
     is_lossless = True
     error_share = 0.0
+
+    def __init__(self, code: int = 0) -> None:
+        """code: of raw blocks that are to be kept apart from others."""
+        self.code = code
 
     def encode(self, block: memoryview, shape: BlockShape | None) -> bytes:
         return framed(Header(self.code, shape, len(block)), bytes(block))

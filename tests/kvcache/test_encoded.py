@@ -199,6 +199,15 @@ def test_a_block_of_another_lossy_codec_is_never_given(name: str) -> None:
     assert name in LOSSY or found == (digest, numbers())
 
 
+@pytest.mark.parametrize("name", [name for name in CODECS if name != "int8"])
+def test_nor_is_one_that_a_lossy_tier_kept_as_it_is(name: str) -> None:
+    """It may have been computed after a rounded one."""
+    inner = MemoryTier()
+    put(encoded(inner, "int8"), 1, numbers())
+    assert read(encoded(inner, "int8"), 1, NUM_BYTES)[1] == numbers()
+    assert read(shaped(inner, name), 1, NUM_BYTES)[0] is None
+
+
 @pytest.mark.parametrize("name", CODECS)
 def test_blocks_from_before_the_codec_are_given_as_they_are(name: str) -> None:
     inner = MemoryTier()
