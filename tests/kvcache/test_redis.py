@@ -21,7 +21,8 @@ from core.errors import ConfigError
 from kvcache.breaker import LONGEST_PAUSE_S
 from kvcache.conformance import BLOCK_BYTES, block_of, check_tier, key_of, read
 from kvcache.faulty_tier import FaultyTier, TierFaults
-from kvcache.redis_tier import KEY_PREFIX, RedisTier
+from kvcache.redis_server import KEY_PREFIX
+from kvcache.redis_tier import RedisTier
 from kvcache.tier import TierError
 from tests.poll import until
 
