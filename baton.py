@@ -101,6 +101,9 @@ def _serve(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--open-control", action="store_true", help="instances of other hosts may join; closed networks only"
     )
+    parser.add_argument(
+        "--share-between-keys", action="store_true", help="one KV cache for all API keys: only cache_salt separates"
+    )
     parser.add_argument("--prefill-args", type=_words, default=(), metavar='"..."', help="for vLLM, prefill instances")
     parser.add_argument("--decode-args", type=_words, default=(), metavar='"..."', help="for vLLM, decode instances")
     parser.add_argument("--transport", choices=("auto", "shm", "zmq"), default="auto", help="how KV moves (auto)")

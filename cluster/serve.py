@@ -28,6 +28,7 @@ def run(options: argparse.Namespace) -> int:
             host=options.host,
             port=options.port,
             open_control=options.open_control,
+            proxy_arguments=("--share-between-keys",) if options.share_between_keys else (),
             transport=options.transport,
             start=Start(options.start) if options.start else None,
             arguments_prefill=options.prefill_args,

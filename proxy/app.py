@@ -135,7 +135,8 @@ class Proxy:
 
     def of_tenant(self, body: ClientBody, headers: dict[str, str]) -> ClientBody:
         """The body in the cache of whoever has sent these headers."""
-        salt = self._tenants.salt(headers.get("authorization")) if self._tenants is not None else None
+        key = headers.get("authorization") or headers.get("x-api-key")
+        salt = self._tenants.salt(key) if self._tenants is not None else None
         return body.with_salt(salt)
 
     async def serve(self, exchange: Exchange, composition: Composition) -> None:

@@ -8,7 +8,7 @@ from starlette.types import Scope
 from proxy.body import MAX_BODY_BYTES
 from proxy.errors import RequestRefused
 
-_FORWARDED = ("authorization", "traceparent", "tracestate")
+_FORWARDED = ("authorization", "x-api-key", "traceparent", "tracestate")
 _MAX_CLIENT_ID = 256
 
 

@@ -171,6 +171,14 @@ def test_paths_that_do_not_generate_are_left_alone(fleet: Fleet, pair: Pair, pat
     assert fleet.client.post(path, json=BODIES[path], headers=headers).json()["body"] == BODIES[path]
 
 
+def test_a_key_in_x_api_key_is_the_same_tenant(fleet: Fleet, pair: Pair) -> None:
+    def salt(headers: dict[str, str]) -> str:
+        answer = fleet.client.post("/v1/messages", json=BODIES["/v1/messages"], headers=headers)
+        return str(answer.json()["body"]["cache_salt"])
+
+    assert salt({"x-api-key": KEYS[0]}) == salt({"Authorization": f"Bearer {KEYS[0]}"}) != salt({"x-api-key": KEYS[1]})
+
+
 def test_shared_between_keys_only_a_clients_own_salt_separates() -> None:
     with started(share_between_keys=True) as (fleet, pair):
         assert salts(fleet, pair, KEYS[0]) == ("absent", "absent")
