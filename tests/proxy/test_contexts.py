@@ -263,6 +263,20 @@ def test_blocks_that_do_not_come_are_not_waited_for_for_long_and_are_said(
     assert "do the instances share its cache" in made["note"]
 
 
+def test_what_finds_no_room_is_said(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the arena's 85 blocks may be reserved at a time, and half pinned."""
+    monkeypatch.setattr("proxy.context_routes.COMPLETE_WAIT_S", 0.05)
+    long = "omega? " * (60 * BLOCK // 7 + 1)
+    made = place.made(text=long)
+    assert 0 < made["blocks"] < made["total_blocks"] == len(long) // BLOCK
+    assert made["note"] == f"{made['blocks']} of {made['total_blocks']} blocks are kept: the cache is full or busy"
+    place.fleet.client.delete(f"/v1/contexts/{made['id']}")
+    pinned = [place.made(text=text, pin=True) for text in ("delta! " * 40, "kappa: " * 40, "sigma, " * 40)]
+    assert [item["pinned"] for item in pinned] == [True, True, False]
+    assert pinned[2]["blocks"] == pinned[2]["total_blocks"]
+    assert "not pinned: the cache server pins no more" in pinned[2]["note"]
+
+
 def test_what_was_evicted_shows_in_the_list_and_comes_back_with_its_name(place: Place) -> None:
     made = place.made(text=A, name="n")
     drop_all(place.socket)
