@@ -264,13 +264,16 @@ def test_blocks_that_do_not_come_are_not_waited_for_for_long_and_are_said(
 
 
 def test_what_finds_no_room_is_said(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of the arena's 85 blocks may be reserved at a time, and half pinned."""
+    """Half of the arena's 85 blocks may be reserved at a time."""
     monkeypatch.setattr("proxy.context_routes.COMPLETE_WAIT_S", 0.05)
     long = "omega? " * (60 * BLOCK // 7 + 1)
     made = place.made(text=long)
     assert 0 < made["blocks"] < made["total_blocks"] == len(long) // BLOCK
     assert made["note"] == f"{made['blocks']} of {made['total_blocks']} blocks are kept: the cache is full or busy"
-    place.fleet.client.delete(f"/v1/contexts/{made['id']}")
+
+
+def test_what_cannot_be_pinned_is_said(place: Place) -> None:
+    """Half of the arena's 85 blocks may be pinned."""
     pinned = [place.made(text=text, pin=True) for text in ("delta! " * 40, "kappa: " * 40, "sigma, " * 40)]
     assert [item["pinned"] for item in pinned] == [True, True, False]
     assert pinned[2]["blocks"] == pinned[2]["total_blocks"]
