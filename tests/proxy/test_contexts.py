@@ -333,6 +333,17 @@ def test_what_cannot_be_used_is_a_400_or_404(place: Place) -> None:
     assert "context_ids" not in place.asked()
 
 
+def test_a_few_bytes_cannot_become_very_many(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, template = place.made(text=A)["id"], place.made(template="{{x}}" * 9)["id"]
+    monkeypatch.setattr("proxy.context_use.MAX_BODY_BYTES", 200)
+    monkeypatch.setattr("proxy.placeholders.MAX_BODY_BYTES", 200)
+    assert place.complete([text, text]).status_code == 200
+    assert error_of(place.complete([text] * 3))[:2] == (413, "body_too_large")
+    for value, status in (("x" * 20, 200), ("x" * 30, 413)):
+        filled = {"id": template, "variables": {"x": value}}
+        assert place.fleet.complete(context=filled).status_code == status
+
+
 def test_a_streamed_answer_has_the_header_too(place: Place) -> None:
     (a,) = place.ids(A)
     answer = place.complete([a], stream=True)
