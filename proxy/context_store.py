@@ -89,6 +89,10 @@ class ContextStore:
                     code="too_many_contexts",
                 )
 
+    def num_bytes(self, context_id: str) -> int:
+        """Of one context's content, as JSON."""
+        return self._num_bytes[context_id]
+
     def put(self, context: Context) -> None:
         """Keeps it, in place of one with the same id."""
         self._keep(context)

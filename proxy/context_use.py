@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import msgspec
 
-from proxy.body import ClientBody
+from proxy.body import MAX_BODY_BYTES, ClientBody
 from proxy.compose import composed, names_contexts, parts_of
 from proxy.context_orders import Orders, rendering_of
 from proxy.context_store import ContextStore, Tenant
+from proxy.errors import RequestRefused
 from proxy.split import Endpoint
 
 
@@ -36,8 +37,12 @@ class ContextUse:
         if not names_contexts(body.fields):
             return Composition(body)
         parts = parts_of(body.fields, lambda context_id: self._store.get(context_id, tenant))
-        ordinary = composed(endpoint, body, parts)
         ids = tuple(part.context.id for part in parts)
+        if sum(map(self._store.num_bytes, ids)) > MAX_BODY_BYTES:
+            raise RequestRefused(
+                f"the contexts are larger than {MAX_BODY_BYTES} bytes together", 413, code="body_too_large"
+            )
+        ordinary = composed(endpoint, body, parts)
         rendering = rendering_of(endpoint, ordinary.fields, self.model_of(ordinary.fields.get("model")))
         count = self._orders.num_computed(rendering, ids)
         reuse = tuple((id_, "prefix" if index < count else "recomputed") for index, id_ in enumerate(ids))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from proxy.body import MAX_BODY_BYTES
 from proxy.errors import RequestRefused
 
 _VARIABLE = re.compile(r"\{\{\s*([A-Za-z_][A-Za-z0-9_]*)\s*\}\}")
@@ -41,8 +42,11 @@ def constant_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def fill(template: str | list[dict[str, Any]], values: object) -> str | list[dict[str, Any]]:
-    """The template with its values. Raises RequestRefused (400) that names what is missing, unknown or no string."""
+    """The template with its values. Raises RequestRefused: 400 that names what is missing, unknown or no string, 413 if
+    values that come again and again make it too long."""
     checked = _checked(variables_of(template), values)
+    if sum(len(checked[name]) for text in _texts(template) for name in _VARIABLE.findall(text)) > MAX_BODY_BYTES:
+        raise RequestRefused(f"the filled template is larger than {MAX_BODY_BYTES} bytes", 413, code="body_too_large")
     if isinstance(template, str):
         return _filled(template, checked)
     return [message | {"content": _filled_content(message.get("content"), checked)} for message in template]

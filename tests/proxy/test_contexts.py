@@ -269,6 +269,23 @@ def test_blocks_that_do_not_come_are_not_waited_for_for_long_and_are_said(
     assert "do the instances share its cache" in made["note"]
 
 
+def test_what_finds_no_room_is_said(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the arena's 85 blocks may be reserved at a time."""
+    monkeypatch.setattr("proxy.context_routes.COMPLETE_WAIT_S", 0.05)
+    long = "omega? " * (60 * BLOCK // 7 + 1)
+    made = place.made(text=long)
+    assert 0 < made["blocks"] < made["total_blocks"] == len(long) // BLOCK
+    assert made["note"] == f"{made['blocks']} of {made['total_blocks']} blocks are kept: the cache is full or busy"
+
+
+def test_what_cannot_be_pinned_is_said(place: Place) -> None:
+    """Half of the arena's 85 blocks may be pinned."""
+    pinned = [place.made(text=text, pin=True) for text in ("delta! " * 40, "kappa: " * 40, "sigma, " * 40)]
+    assert [item["pinned"] for item in pinned] == [True, True, False]
+    assert pinned[2]["blocks"] == pinned[2]["total_blocks"]
+    assert "not pinned: the cache server pins no more" in pinned[2]["note"]
+
+
 def test_what_was_evicted_shows_in_the_list_and_comes_back_with_its_name(place: Place) -> None:
     made = place.made(text=A, name="n")
     drop_all(place.socket)
@@ -320,6 +337,17 @@ def test_what_cannot_be_used_is_a_400_or_404(place: Place) -> None:
     assert place.decode.generations() == []
     assert place.fleet.complete(context_ids=[]).status_code == 200
     assert "context_ids" not in place.asked()
+
+
+def test_a_few_bytes_cannot_become_very_many(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, template = place.made(text=A)["id"], place.made(template="{{x}}" * 9)["id"]
+    monkeypatch.setattr("proxy.context_use.MAX_BODY_BYTES", 200)
+    monkeypatch.setattr("proxy.placeholders.MAX_BODY_BYTES", 200)
+    assert place.complete([text, text]).status_code == 200
+    assert error_of(place.complete([text] * 3))[:2] == (413, "body_too_large")
+    for value, status in (("x" * 20, 200), ("x" * 30, 413)):
+        filled = {"id": template, "variables": {"x": value}}
+        assert place.fleet.complete(context=filled).status_code == status
 
 
 def test_a_streamed_answer_has_the_header_too(place: Place) -> None:
