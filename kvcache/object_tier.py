@@ -4,9 +4,10 @@
 
 An object appears whole: stores of objects promise that, and elsewhere (file://) a file is written under another name
 and renamed. Several hosts may share a prefix: the same key has the same bytes. Nothing is listed. `contains` looks at
-objects it does not know, several at once and more of them as long as they are there, and remembers what it saw: what
-was there until a get misses, what was not for ABSENT_S. What is never asked for again is for the bucket's life-cycle
-rules to remove. Credentials and endpoints come from the environment, as fsspec and the store's client have them.
+LOOKS keys at once, spread over those it is asked for, then at some between the last that is there and the first that is
+not. It remembers what it saw: what was there until a get misses, what was not for ABSENT_S. What is never asked for
+again is for the bucket's life-cycle rules to remove. Credentials and endpoints come from the environment, as fsspec and
+the store's client have them.
 
 Memory model: `put` and `get` hold a second copy of a block while it travels; MAX_REMEMBERED keys are remembered.
 Threading: any thread; looks run in LOOKS threads. fsspec's clients have a thread of their own per process.
@@ -21,7 +22,7 @@ import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import Any, Protocol, TypeVar, cast
 
@@ -35,8 +36,8 @@ _HEADER = struct.Struct(f"<8s{KEY_BYTES}sQQQ")
 HEADER_BYTES = _HEADER.size
 
 LOOKS = 16
-CONTAINS_S = 0.2
-"""After so long `contains` says what it has found so far; less than the server waits for it."""
+CONTAINS_S = 0.08
+"""After so long `contains` says what it has found so far; less than a request waits for the server's answer."""
 
 ABSENT_S = 5.0
 MAX_REMEMBERED = 1 << 18
@@ -45,6 +46,9 @@ TIMEOUT_S = 5.0
 
 _WHOLE = ("memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "obs")
 """Protocols whose objects appear whole by themselves."""
+
+_GREETING = b"\xff" * KEY_BYTES
+"""Looked for at start: a store's first call may take a second, and no request shall wait for it."""
 
 T = TypeVar("T")
 
@@ -80,21 +84,28 @@ class ObjectTier:
         self._looks = ThreadPoolExecutor(LOOKS, thread_name_prefix="baton-cache-look")
         self._lock = threading.Lock()
         self._figures = TierFigures()
+        self._trouble: TierError | None = None
+        self._num_looking = 1
         self._is_closed = False
-        self._looks.submit(self._greet)
+        self._looks.submit(self._look_at, _GREETING)
 
     def contains(self, keys: Sequence[BlockKey]) -> int:
-        """How many of the first keys are there, without a gap, as far as could be seen in CONTAINS_S. Raises TierError
-        if the store cannot be asked."""
-        deadline_s = self._clock.monotonic_s() + CONTAINS_S
-        at, width = 0, 1
-        while True:
-            while at < len(keys) and self._sightings.knows(keys[at]):
-                at += 1
-            if at == len(keys) or self._sightings.lacks(keys[at]) or self._clock.monotonic_s() >= deadline_s:
-                return at
-            self._look([key for key in keys[at : at + width] if not self._sightings.knows(key)])
-            width = min(4 * width, LOOKS)
+        """How many of the first keys are there, without a gap, as far as could be seen in CONTAINS_S; between two that
+        are there the others are taken to be. Raises TierError if the store could not be asked the last time."""
+        if self._is_closed:
+            raise TierError(f"the lines to {self._url} are closed")
+        self._raise_trouble()
+        until_s = self._clock.monotonic_s() + CONTAINS_S
+        low, high = self._sightings.bounds(keys)
+        while low < high and (remaining_s := until_s - self._clock.monotonic_s()) > 0:
+            places = _spread(low, high)
+            self._look([keys[place] for place in places if not self._sightings.knows(keys[place])], remaining_s)
+            for place in places:
+                if not self._sightings.knows(keys[place]):
+                    high = place
+                    break
+                low = place + 1
+        return low
 
     def get(self, key: BlockKey, into: memoryview) -> int | None:
         """See Tier. An object that is not what was put is removed. Raises TierError if the store cannot be read."""
@@ -140,15 +151,31 @@ class ObjectTier:
         self._is_closed = True
         self._looks.shutdown(wait=False, cancel_futures=True)
 
-    def _greet(self) -> None:
-        """Looks for something: a store's first call may take a second, and no request shall wait for it."""
-        with suppress(TierError):
-            self._read(b"\xff" * KEY_BYTES, HEADER_BYTES)
+    def _look(self, keys: Sequence[BlockKey], timeout_s: float) -> None:
+        """Remembers of each whether it is there, some of them perhaps only later. While those of earlier calls hang,
+        nothing more is looked at."""
+        with self._lock:
+            is_busy = self._num_looking > LOOKS
+            self._num_looking += 0 if is_busy else len(keys)
+        if not is_busy:
+            wait([self._looks.submit(self._look_at, key) for key in keys], timeout_s)
 
-    def _look(self, keys: Sequence[BlockKey]) -> None:
-        """Remembers of each whether it is there. Raises TierError."""
-        for looking in [self._submit(self._read, key, HEADER_BYTES) for key in keys]:
-            looking()
+    def _look_at(self, key: BlockKey) -> None:
+        trouble = None
+        try:
+            self._read(key, HEADER_BYTES)
+        except TierError as error:
+            trouble = error
+        with self._lock:
+            self._trouble = trouble
+            self._num_looking -= 1
+
+    def _raise_trouble(self) -> None:
+        """What the latest look met with, once."""
+        with self._lock:
+            trouble, self._trouble = self._trouble, None
+        if trouble is not None:
+            raise TierError(str(trouble)) from trouble
 
     def _submit(self, call: Callable[..., T], *arguments: object) -> Callable[[], T]:
         """Begins a call in a thread; what is returned waits for it. Raises TierError once the tier is closed."""
@@ -224,9 +251,13 @@ class _Sightings:
         with self._lock:
             return key in self._seen
 
-    def lacks(self, key: BlockKey) -> bool:
+    def bounds(self, keys: Sequence[BlockKey]) -> tuple[int, int]:
+        """How many of the first keys were seen, and how many may be there: those before the first that was not."""
+        now_s = self._clock.monotonic_s()
         with self._lock:
-            return self._absent_until_s.get(key, 0.0) > self._clock.monotonic_s()
+            low = next((at for at, key in enumerate(keys) if key not in self._seen), len(keys))
+            absent = (at for at, key in enumerate(keys) if self._absent_until_s.get(key, 0.0) > now_s)
+            return low, next(absent, len(keys))
 
     def seen(self, key: BlockKey) -> None:
         with self._lock:
@@ -237,6 +268,12 @@ class _Sightings:
         with self._lock:
             self._seen.pop(key, None)
             _remember(self._absent_until_s, key, self._clock.monotonic_s() + ABSENT_S)
+
+
+def _spread(low: int, high: int) -> list[int]:
+    """At most LOOKS places in [low, high), evenly, the first and the last among them."""
+    num_places = min(high - low, LOOKS)
+    return sorted({low + step * (high - 1 - low) // max(num_places - 1, 1) for step in range(num_places)})
 
 
 def _remember(keys: OrderedDict[BlockKey, T], key: BlockKey, value: T) -> None:

@@ -91,6 +91,7 @@ def test_what_one_host_computed_before_and_after_they_met_the_other_finds(start:
     check_hits(b, after, numbers=(11, 12))
     until(lambda: a.figures()["served_blocks"] == 5, what="five blocks to be acknowledged")
     assert b.figures()["peer_connected"] == 1
+    compute(b, (31, 32))
     assert b.figures()["peer_dropped"] == 0, "nothing is put into peers, and that is no loss"
 
 
