@@ -54,9 +54,9 @@ class ServedCounts:
 
 
 class BlockServer:
-    """Serves blocks at a port of its own on `host`. Raises ConfigError if it cannot listen there."""
+    """Serves blocks on `host`, at `wanted_port` if it is free. Raises ConfigError if it cannot listen there."""
 
-    def __init__(self, host: str, index: Index, arena: Mapping) -> None:
+    def __init__(self, host: str, wanted_port: int, index: Index, arena: Mapping) -> None:
         self.counts = ServedCounts()
         self.token = secrets.token_hex(16)
         self._index = index
@@ -64,7 +64,7 @@ class BlockServer:
         self._owners = itertools.count(-1, -1)
         self._sending: set[int] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._server = StreamServer(host, self._serve, MAX_STREAMS)
+        self._server = StreamServer(host, self._serve, MAX_STREAMS, wanted_port)
         self.port = self._server.port
 
     @property

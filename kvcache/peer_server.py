@@ -1,7 +1,7 @@
 """Lets other hosts' cache servers ask this one for blocks of its arena.
 
     askers ══ ZMQ at HOST:PORT (Door) ═══▶ PeerServer ──▶ Session (one per asker): what is here, what changes
-           ══ streams at HOST:any port ═▶ BlockServer (a thread per stream): the blocks themselves
+           ══ streams at HOST:PORT+1 ═══▶ BlockServer (a thread per stream): the blocks themselves
 
 Who is connected may read every block whose key it knows or is told: closed networks only. Nobody can write here.
 
@@ -36,6 +36,7 @@ MESSAGES_PER_TURN = 64
 
 class PeerServer:
     """Serves the complete blocks of `index` at `listen` (HOST:PORT; port 0: any free one) from `start` to `close`.
+    Where PORT+1 is taken, streams have any other: peers are told.
 
     Raises ConfigError if it cannot listen there.
     """
@@ -47,7 +48,7 @@ class PeerServer:
         self._sessions: dict[bytes, Session] = {}
         self._ticking: asyncio.Task[None] | None = None
         host, _, port = listen.rpartition(":")
-        self.blocks = BlockServer(host.strip("[]"), index, arena)
+        self.blocks = BlockServer(host.strip("[]"), _next_port(int(port)), index, arena)
         try:
             self._door = Door(host.strip("[]"), port)
         except ConfigError:
@@ -143,3 +144,8 @@ class PeerServer:
             session.told_s = self._clock.monotonic_s()
         asyncio.get_running_loop().call_soon(self._drain)  # sending may have swallowed the news of a message
         return True
+
+
+def _next_port(port: int) -> int:
+    """0, which is any, where there is none."""
+    return port + 1 if 0 < port < 65535 else 0
