@@ -44,28 +44,33 @@ T = TypeVar("T")
 
 @dataclass
 class ServedCounts:
-    """Since the server started, in blocks and bytes, over all askers; `sending`: now."""
+    """Since the server started, in blocks and bytes, over all askers."""
 
     blocks: int = 0
     num_bytes: int = 0
     missing: int = 0
     failed: int = 0
     malformed: int = 0
-    sending: int = 0
 
 
 class BlockServer:
-    """Serves blocks at a port of its own on `host`. Raises ConfigError if it cannot listen there."""
+    """Serves blocks on `host`, at `wanted_port` if it is free. Raises ConfigError if it cannot listen there."""
 
-    def __init__(self, host: str, index: Index, arena: Mapping) -> None:
+    def __init__(self, host: str, wanted_port: int, index: Index, arena: Mapping) -> None:
         self.counts = ServedCounts()
         self.token = secrets.token_hex(16)
         self._index = index
         self._arena = arena
         self._owners = itertools.count(-1, -1)
+        self._sending: set[int] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._server = StreamServer(host, self._serve, MAX_STREAMS)
+        self._server = StreamServer(host, self._serve, MAX_STREAMS, wanted_port)
         self.port = self._server.port
+
+    @property
+    def num_sending(self) -> int:
+        """Blocks that are pinned for askers now."""
+        return len(self._sending)
 
     def start(self) -> None:
         """From within the event loop."""
@@ -91,6 +96,8 @@ class BlockServer:
         except ProtocolError:
             self._tell_loop(self._count_malformed)
             raise
+        finally:
+            self._tell_loop(lambda: self._forget(owner))
 
     def _answer(self, stream: Stream, owner: int, fetch: words.Fetch) -> None:
         entry = self._ask_loop(lambda: self._pin(owner, fetch))
@@ -114,12 +121,16 @@ class BlockServer:
         async def run() -> T:
             return call()
 
+        assert self._loop is not None, "streams are served after start only"
         running = run()
         try:
-            assert self._loop is not None, "streams are served after start only"
-            return asyncio.run_coroutine_threadsafe(running, self._loop).result(LOOP_TIMEOUT_S)
-        except (RuntimeError, TimeoutError, CancelledError) as error:
+            asked = asyncio.run_coroutine_threadsafe(running, self._loop)
+        except RuntimeError as error:  # the loop is closed
             running.close()
+            raise TransferError("the cache server has ended") from error
+        try:
+            return asked.result(LOOP_TIMEOUT_S)
+        except (TimeoutError, CancelledError) as error:
             raise TransferError("the cache server does not answer") from error
 
     def _tell_loop(self, call: Callable[[], None]) -> None:
@@ -132,7 +143,7 @@ class BlockServer:
     def _pin(self, owner: int, fetch: words.Fetch) -> Entry | None:
         found = self._index.search(owner, _LEASE, [fetch.key])
         if found and found[0].num_bytes == fetch.num_bytes:
-            self.counts.sending += 1
+            self._sending.add(owner)
             return found[0]
         self._index.release(owner, _LEASE)
         self.counts.missing += 1
@@ -140,10 +151,14 @@ class BlockServer:
 
     def _unpin(self, owner: int, entry: Entry, is_sent: bool) -> None:
         self._index.release(owner, _LEASE)
-        self.counts.sending -= 1
+        self._sending.discard(owner)
         self.counts.blocks += is_sent
         self.counts.num_bytes += entry.num_bytes * is_sent
         self.counts.failed += not is_sent
+
+    def _forget(self, owner: int) -> None:
+        self._index.forget_owner(owner)
+        self._sending.discard(owner)
 
     def _count_malformed(self) -> None:
         self.counts.malformed += 1

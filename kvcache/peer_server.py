@@ -1,12 +1,11 @@
 """Lets other hosts' cache servers ask this one for blocks of its arena.
 
-    askers ══ ZMQ ROUTER at HOST:PORT ══▶ PeerServer ──▶ Session (one per asker): what is here, what changes
-           ══ streams at HOST:any port ═▶ BlockServer (a thread per stream): the blocks themselves
+    askers ══ ZMQ at HOST:PORT (Door) ═══▶ PeerServer ──▶ Session (one per asker): what is here, what changes
+           ══ streams at HOST:PORT+1 ═══▶ BlockServer (a thread per stream): the blocks themselves
 
 Who is connected may read every block whose key it knows or is told: closed networks only. Nobody can write here.
 
-Memory model: bounded by MAX_SESSIONS and the sockets' queues. Messages larger than any word of ours are dropped unread
-by ZMQ.
+Memory model: bounded by MAX_SESSIONS, and as `peer_door` and `peer_blocks` say.
 Threading: the server's event loop, which never waits here; streams have threads of their own.
 """
 
@@ -16,16 +15,14 @@ import asyncio
 from dataclasses import asdict
 from functools import partial
 
-import zmq
-
 from core.clock import Clock
 from core.errors import ConfigError, ProtocolError
 from kvcache import peer_words as words
 from kvcache.change_log import ChangeLog
 from kvcache.index import Index
 from kvcache.peer_blocks import BlockServer
+from kvcache.peer_door import Door
 from kvcache.peer_session import Session
-from transport.address import bind_address
 from transport.mapping import Mapping
 
 MAX_SESSIONS = 64
@@ -35,12 +32,11 @@ SILENCE_S = 5.0
 """An asker that says nothing for so long is gone; it says Alive every second."""
 
 MESSAGES_PER_TURN = 64
-MAX_QUEUED_MESSAGES = 256
-HANDSHAKE_TIMEOUT_MS = 2000
 
 
 class PeerServer:
     """Serves the complete blocks of `index` at `listen` (HOST:PORT; port 0: any free one) from `start` to `close`.
+    Where PORT+1 is taken, streams have any other: peers are told.
 
     Raises ConfigError if it cannot listen there.
     """
@@ -52,15 +48,13 @@ class PeerServer:
         self._sessions: dict[bytes, Session] = {}
         self._ticking: asyncio.Task[None] | None = None
         host, _, port = listen.rpartition(":")
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.blocks = BlockServer(host.strip("[]"), _next_port(int(port)), index, arena)
         try:
-            self._router = _bind(self._context, host.strip("[]"), port)
-            self.blocks = BlockServer(host.strip("[]"), index, arena)
+            self._door = Door(host.strip("[]"), port)
         except ConfigError:
-            self._context.destroy(0)
+            self.blocks.close()
             raise
-        self._fd = int(self._router.getsockopt(zmq.FD))
-        self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.address = self._door.address
         self.stream_port = self.blocks.port
 
     def start(self) -> None:
@@ -68,22 +62,24 @@ class PeerServer:
         self._index.on_change = self._log.add
         self.blocks.start()
         loop = asyncio.get_running_loop()
-        loop.add_reader(self._fd, self._drain)
+        loop.add_reader(self._door.fd, self._drain)
         self._ticking = loop.create_task(self._tick())
 
     def close(self) -> None:
         """Ends every session and stream; from within the event loop."""
         if self._ticking is not None:
             self._ticking.cancel()
-            asyncio.get_running_loop().remove_reader(self._fd)
+            asyncio.get_running_loop().remove_reader(self._door.fd)
         self.blocks.close()
-        self._router.close(0)
-        self._context.destroy(0)
+        self._door.close()
 
     def figures(self) -> dict[str, float]:
         """What `baton cache stats` shows of it."""
-        now = {"askers": len(self._sessions), "port": int(self.address.rpartition(":")[2])}
-        return {f"served_{name}": float(value) for name, value in (asdict(self.blocks.counts) | now).items()}
+        now = {"askers": len(self._sessions), "sending": self.blocks.num_sending}
+        now |= {"port": int(self.address.rpartition(":")[2])}
+        figures = {f"served_{name}": float(value) for name, value in (asdict(self.blocks.counts) | now).items()}
+        figures["served_bytes"] = figures.pop("served_num_bytes")
+        return figures
 
     async def _tick(self) -> None:
         while True:
@@ -98,10 +94,8 @@ class PeerServer:
 
     def _drain(self) -> None:
         """Takes what has come. ZMQ's descriptor tells of the first message only, so it is asked until it has none."""
-        if self._router.closed:
-            return
         for _ in range(MESSAGES_PER_TURN):
-            parts = _next_message(self._router)
+            parts = self._door.next_message()
             if parts is None:
                 return
             try:
@@ -143,9 +137,7 @@ class PeerServer:
 
     def _send(self, identity: bytes, word: words.ToAsker) -> bool:
         """False if the asker is gone or has too much unread."""
-        try:
-            self._router.send_multipart([identity, words.encode(word)], zmq.NOBLOCK)
-        except zmq.ZMQError:
+        if not self._door.send(identity, words.encode(word)):
             return False
         session = self._sessions.get(identity)
         if session is not None:
@@ -154,37 +146,6 @@ class PeerServer:
         return True
 
 
-def _next_message(router: zmq.Socket[bytes]) -> list[bytes] | None:
-    """At most three parts of the next message; None if there is none. More parts are dropped as they come."""
-    parts: list[bytes] = []
-    try:
-        part = router.recv(zmq.NOBLOCK, copy=False)
-        parts.append(part.bytes)
-        while part.more:
-            part = router.recv(zmq.NOBLOCK, copy=False)
-            if len(parts) < 3:
-                parts.append(part.bytes)
-    except zmq.Again:
-        return None
-    return parts
-
-
-def _bind(context: zmq.Context[zmq.Socket[bytes]], host: str, port: str) -> zmq.Socket[bytes]:
-    address = bind_address(host).removesuffix("*") + port
-    router = context.socket(zmq.ROUTER)
-    for option, value in (
-        (zmq.LINGER, 0),
-        (zmq.ROUTER_MANDATORY, 1),
-        (zmq.MAXMSGSIZE, words.MAX_ASKED_BYTES),
-        (zmq.SNDHWM, MAX_QUEUED_MESSAGES),
-        (zmq.RCVHWM, MAX_QUEUED_MESSAGES),
-        (zmq.HANDSHAKE_IVL, HANDSHAKE_TIMEOUT_MS),
-        (zmq.IPV6, int("[" in address)),
-    ):
-        router.setsockopt(option, value)
-    try:
-        router.bind(address)
-    except zmq.ZMQError as error:
-        router.close(0)
-        raise ConfigError(f"--cache: cannot listen at {host}:{port} for peers: {error}") from error
-    return router
+def _next_port(port: int) -> int:
+    """0, which is any, where there is none."""
+    return port + 1 if 0 < port < 65535 else 0

@@ -99,8 +99,12 @@ class CacheServer:
         expiring = asyncio.create_task(self._expire())
         try:
             while True:
-                connection, _ = await asyncio.get_running_loop().sock_accept(listener)
-                self._accept(connection)
+                try:
+                    connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+                except OSError:  # no descriptor is left; one may be soon
+                    await asyncio.sleep(EXPIRE_PERIOD_S)
+                else:
+                    self._accept(connection)
         finally:
             expiring.cancel()
             listener.close()

@@ -111,23 +111,20 @@ class Stream:
 
 
 class StreamServer:
-    """Listens on a host of ours, at a port of its own; `serve` is called for every stream, in a thread of the stream's.
+    """Listens on a host of ours, at `wanted_port` if it is free, else at any; `serve` is called for every stream, in a
+    thread of the stream's.
 
     What `serve` raises of our own errors ends its stream. Connections beyond max_streams are closed at once. Raises
     ConfigError if it cannot listen.
     """
 
-    def __init__(self, host: str, serve: Callable[[Stream], None], max_streams: int) -> None:
+    def __init__(self, host: str, serve: Callable[[Stream], None], max_streams: int, wanted_port: int = 0) -> None:
         self._serve = serve
         self._max_streams = max_streams
         self._lock = threading.Lock()
         self._streams: set[Stream] = set()
         self._closing = threading.Event()
-        try:
-            family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
-            self._listener = socket.create_server((host, 0), family=family)
-        except (OSError, UnicodeError) as error:
-            raise ConfigError(f"cannot listen on {host!r}: {error}") from error
+        self._listener = _listen(host, wanted_port)
         self.port = int(self._listener.getsockname()[1])
         self._thread = threading.Thread(target=self._accept, name="baton-stream-accept", daemon=True)
 
@@ -172,6 +169,16 @@ class StreamServer:
             stream.close()
             with self._lock:
                 self._streams.discard(stream)
+
+
+def _listen(host: str, wanted_port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+        with suppress(OSError):
+            return socket.create_server((host, wanted_port), family=family)
+        return socket.create_server((host, 0), family=family)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"cannot listen on {host!r}: {error}") from error
 
 
 class _Limit:

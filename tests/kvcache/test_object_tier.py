@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,10 +20,11 @@ import pytest
 
 from core.clock import ManualClock
 from core.errors import ConfigError
-from kvcache import object_tier
+from kvcache import object_looks, object_store, object_tier
 from kvcache.conformance import BLOCK_BYTES, block_of, check_tier, key_of, read
 from kvcache.faulty_tier import FaultyTier, TierFaults
-from kvcache.object_tier import ABSENT_S, ObjectTier
+from kvcache.object_looks import ABSENT_S, LOOKS
+from kvcache.object_tier import ObjectTier
 from kvcache.tier import TierError
 from tests.kvcache.instance import Instance
 from tests.kvcache.places import serving
@@ -115,7 +117,7 @@ def put(tier: ObjectTier, *numbers: int) -> dict[int, bytes]:
 
 
 def object_of(tier: ObjectTier, number: int) -> bytes:
-    return tier._store.cat_file(tier._path(key_of(number)))
+    return tier.store.files.cat_file(tier.store.path(key_of(number)))
 
 
 def test_it_is_a_tier(url: str, make_tier: MakeTier) -> None:
@@ -131,31 +133,75 @@ def test_hosts_share_blocks_and_see_what_another_adds_and_removes(url: str, make
     first, second = make_tier(url), make_tier(url, clock=clock)
     blocks = put(first, 1, 2, 3)
     keys = [key_of(number) for number in range(1, 41)]
-    assert second.contains(keys) == 3
+    until(lambda: second.contains(keys) == 3, what="the first three")
     assert read(second, 2) == (2, blocks[2])
     put(first, *range(4, 40))
     clock.advance(ABSENT_S + 1.0)
-    assert second.contains(keys) == 39
+    until(lambda: second.contains(keys) == 39, what="all but the last")
     first.delete([key_of(2)])
     assert read(second, 2)[0] is None
     assert second.contains(keys) == 1
 
 
-def test_a_prefix_that_is_not_there_costs_one_look_and_for_a_while_none(
+def test_a_prefix_that_is_not_there_costs_a_few_looks_and_for_a_while_none(
     make_tier: MakeTier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tier = make_tier(f"memory://{uuid.uuid4().hex}")
-    looked: list[str] = []
-    cat_file = tier._store.cat_file
+    tier = make_tier(f"memory://{uuid.uuid4().hex}", clock=ManualClock())
+    until(lambda: tier._looks.num_pending == 0, what="the greeting")
+    looked = counted(tier, monkeypatch)
+    for _ in range(5):
+        assert tier.contains([key_of(number) for number in range(1000)]) == 0
+    assert len(looked) == LOOKS
 
-    def counted(path: str, **more: Any) -> bytes:
+
+@pytest.mark.parametrize("num_there", [0, 1, 2, 15, 16, 17, 200, 999, 1000])
+def test_a_long_prefix_is_measured_exactly_in_a_few_rounds(
+    num_there: int, make_tier: MakeTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"memory://{uuid.uuid4().hex}"
+    writer, tier = make_tier(url), make_tier(url, clock=ManualClock())
+    for number in range(num_there):
+        writer.put(key_of(number), number, memoryview(b"x"))
+    until(lambda: tier._looks.num_pending == 0, what="the greeting")
+    looked = counted(tier, monkeypatch)
+    assert tier.contains([key_of(number) for number in range(1000)]) == num_there
+    assert len(looked) <= 3 * LOOKS
+
+
+def test_a_slow_store_delays_a_look_up_by_its_limit_only_and_is_known_the_next_time(
+    make_tier: MakeTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"memory://{uuid.uuid4().hex}"
+    blocks = put(make_tier(url), *range(1, 5))
+    tier = make_tier(url)
+    until(lambda: tier._looks.num_pending == 0, what="the greeting")
+    gate, cat_file = threading.Event(), tier.store.files.cat_file
+
+    def slow(path: str, **more: Any) -> bytes:
+        gate.wait(20.0)
+        return cat_file(path, **more)
+
+    monkeypatch.setattr(tier.store.files, "cat_file", slow)
+    for _ in range(20):
+        begun_s = time.monotonic()
+        assert tier.contains([key_of(number) for number in blocks]) == 0
+        assert time.monotonic() - begun_s < 1.0
+    assert tier._looks.num_pending <= 2 * LOOKS, "looks do not pile up"
+    gate.set()
+    until(lambda: tier.contains([key_of(number) for number in blocks]) == len(blocks), what="what is there")
+
+
+def counted(tier: ObjectTier, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths that the tier reads from now on."""
+    looked: list[str] = []
+    cat_file = tier.store.files.cat_file
+
+    def count(path: str, **more: Any) -> bytes:
         looked.append(path)
         return cat_file(path, **more)
 
-    monkeypatch.setattr(tier._store, "cat_file", counted)
-    for _ in range(5):
-        assert tier.contains([key_of(number) for number in range(1000)]) == 0
-    assert len(looked) == 1
+    monkeypatch.setattr(tier.store.files, "cat_file", count)
+    return looked
 
 
 @pytest.mark.parametrize("change", ["flip", "cut", "other", "grow", "empty"])
@@ -174,7 +220,7 @@ def test_an_object_that_is_not_what_was_put_is_a_miss_and_is_removed(
         "grow": value + b"x",
         "empty": b"",
     }
-    tier._store.pipe_file(tier._path(key_of(1)), changed[change])
+    tier.store.files.pipe_file(tier.store.path(key_of(1)), changed[change])
     assert read(tier, 1)[0] is None
     assert tier.figures().corrupt == 1
     assert tier.contains([key_of(1)]) == 0
@@ -186,13 +232,13 @@ def test_a_file_appears_under_its_name_only_when_it_is_whole(
     tmp_path: Path, make_tier: MakeTier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tier = make_tier(f"file://{tmp_path}/kv")
-    pipe_file = tier._store.pipe_file
+    pipe_file = tier.store.files.pipe_file
 
     def torn(path: str, value: bytes) -> None:
         pipe_file(path, value[: len(value) // 2])
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(tier._store, "pipe_file", torn)
+    monkeypatch.setattr(tier.store.files, "pipe_file", torn)
     with pytest.raises(TierError, match="the disk is full"):
         tier.put(key_of(1), 1, memoryview(block_of(1)))
     assert [path for path in (tmp_path / "kv").rglob("*") if path.is_file()] == []
@@ -200,11 +246,12 @@ def test_a_file_appears_under_its_name_only_when_it_is_whole(
 
 
 def test_what_is_remembered_is_bounded(make_tier: MakeTier, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(object_tier, "MAX_REMEMBERED", 32)
+    monkeypatch.setattr(object_looks, "MAX_REMEMBERED", 32)
     tier = make_tier(f"memory://{uuid.uuid4().hex}", clock=ManualClock())
     blocks = put(tier, *range(40))
-    assert tier.contains([key_of(number) for number in blocks]) == 40, "it is looked at again"
     assert len(tier._sightings._seen) == 32
+    assert tier.contains([key_of(number) for number in range(20, 30)]) == 10
+    assert read(tier, 0) == (0, blocks[0])
 
 
 def test_a_store_that_is_not_there_is_an_error_and_no_hang(
@@ -217,9 +264,12 @@ def test_a_store_that_is_not_there_is_an_error_and_no_hang(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     tier = make_tier("s3://bucket/kv")
     begun_s = time.monotonic()
-    for call in (lambda: read(tier, 1), lambda: tier.contains([key_of(1)]), lambda: put(tier, 1)):
+    for call in (lambda: read(tier, 1), lambda: put(tier, 1)):
         with pytest.raises(TierError, match="s3://bucket/kv cannot be"):
             call()
+    until(lambda: tier._looks.num_pending == 0, what="the greeting's failure")
+    with pytest.raises(TierError, match="s3://bucket/kv cannot be read from"):
+        tier.contains([key_of(1)])
     assert time.monotonic() - begun_s < 10.0
 
 
@@ -228,7 +278,7 @@ def test_a_store_that_hangs_is_an_error_in_bounded_time_and_good_again_after(
 ) -> None:
     for name, value in s3_environment(s3).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(object_tier, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(object_store, "TIMEOUT_S", 0.3)
     tier = make_tier(f"s3://bucket/{uuid.uuid4().hex}")
     blocks = put(tier, 1)
     os.kill(s3.process.pid, signal.SIGSTOP)

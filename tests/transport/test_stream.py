@@ -95,6 +95,18 @@ def test_nobody_there_is_an_error() -> None:
         StreamServer("192.0.2.1", lambda stream: None, 1)
 
 
+def test_a_server_has_the_port_that_it_wants_or_another_where_that_is_taken() -> None:
+    first = StreamServer("127.0.0.1", lambda stream: None, 1)
+    second = StreamServer("127.0.0.1", lambda stream: None, 1, first.port)
+    wanted = first.port
+    assert second.port not in (0, wanted)
+    first.close()
+    third = StreamServer("127.0.0.1", lambda stream: None, 1, wanted)
+    assert third.port == wanted
+    for server in (second, third):
+        server.close()
+
+
 def test_a_server_serves_each_stream_in_a_thread_up_to_its_limit_and_its_close_ends_them() -> None:
     def echo(stream: Stream) -> None:
         while True:
