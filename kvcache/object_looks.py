@@ -57,6 +57,11 @@ class Sightings:
             self._absent_until_s.pop(key, None)
             _remember(self._seen, key, None)
 
+    def clear(self) -> None:
+        """The store was emptied."""
+        with self._lock:
+            self._seen.clear()
+
     def missed(self, key: BlockKey) -> None:
         with self._lock:
             self._seen.pop(key, None)

@@ -64,10 +64,20 @@ class ObjectTier:
             if value.startswith(_header(key, digest, block)):
                 into[:] = block
                 return digest
-        with self._lock:
-            self._figures = _added(self._figures, corrupt=1)
-        with suppress(TierError):  # it stays, and is found out again
-            self._remove(key)
+        self._discard(key)
+        return None
+
+    def get_whole(self, key: BlockKey, most_bytes: int) -> tuple[int, memoryview] | None:
+        """As `get`, of a block of any size up to most_bytes: its digest, and its bytes in memory of its own."""
+        value = self._read(key, HEADER_BYTES + most_bytes + 1)
+        if value is None or len(value) > HEADER_BYTES + most_bytes:
+            return None
+        if len(value) >= HEADER_BYTES:
+            digest: int = _HEADER.unpack_from(value)[2]
+            block = memoryview(value)[HEADER_BYTES:]
+            if value.startswith(_header(key, digest, block)):
+                return digest, block
+        self._discard(key)
         return None
 
     def put(self, key: BlockKey, digest: int, block: memoryview) -> bool:
@@ -87,6 +97,12 @@ class ObjectTier:
         with ThreadPoolExecutor(_REMOVALS, thread_name_prefix="baton-cache-remove") as threads:
             list(threads.map(self._remove, keys))
 
+    def clear(self) -> None:
+        """Removes every block under the URL, those of other hosts too. Raises TierError if the store refuses."""
+        self._sightings.clear()
+        self.store.remove_all()
+        self._sightings.clear()
+
     def figures(self) -> TierFigures:
         """What this object has put and found corrupt; not what the store holds, which others share."""
         with self._lock:
@@ -105,6 +121,13 @@ class ObjectTier:
         else:
             self._sightings.seen(key)
         return value
+
+    def _discard(self, key: BlockKey) -> None:
+        """A block that is not what was put."""
+        with self._lock:
+            self._figures = _added(self._figures, corrupt=1)
+        with suppress(TierError):  # it stays, and is found out again
+            self._remove(key)
 
     def _remove(self, key: BlockKey) -> None:
         self._sightings.missed(key)

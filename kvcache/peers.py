@@ -80,6 +80,9 @@ class PeersTier:
     def delete(self, keys: Sequence[BlockKey]) -> None:
         """Nothing: what peers have is theirs."""
 
+    def clear(self) -> None:
+        """Nothing, as `delete`."""
+
     def figures(self) -> TierFigures:
         """blocks: that the directory knows, each as often as peers have it. connected: peers."""
         connected = sum(link.streams is not None for link in self._links.values())
