@@ -129,11 +129,12 @@ class SchedulerSide:
     def allocated(self, request: Any, block_ids: list[int], num_tokens: int) -> None:
         """The engine has allocated blocks; num_tokens of the prompt are to come from outside."""
         request_id, known = request.request_id, self._requests.of(request)
-        known.is_allocated = True
+        is_again, known.is_allocated = known.is_allocated, True  # vLLM says so once more when the tokens have come
         cached, known.cached = min(known.cached, num_tokens), 0
         if self._cache is not None:
             self._cache.allocated(request_id, block_ids, known.found, cached)
-            if known.awaits_peer and num_tokens == cached and known.found + cached < request.num_prompt_tokens - 1:
+            is_short = known.found + num_tokens < request.num_prompt_tokens - 1
+            if known.awaits_peer and is_short and not is_again:
                 self._cache.computes(request_id)
         if known.ticket is None or self._receiver is None:
             return

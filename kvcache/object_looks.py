@@ -40,11 +40,6 @@ class Sightings:
         self._seen: OrderedDict[BlockKey, None] = OrderedDict()
         self._absent_until_s: OrderedDict[BlockKey, float] = OrderedDict()
 
-    def clear(self) -> None:
-        """Nothing is taken to be there any more."""
-        with self._lock:
-            self._seen.clear()
-
     def knows(self, key: BlockKey) -> bool:
         with self._lock:
             return key in self._seen
@@ -61,6 +56,11 @@ class Sightings:
         with self._lock:
             self._absent_until_s.pop(key, None)
             _remember(self._seen, key, None)
+
+    def clear(self) -> None:
+        """The store was emptied."""
+        with self._lock:
+            self._seen.clear()
 
     def missed(self, key: BlockKey) -> None:
         with self._lock:

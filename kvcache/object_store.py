@@ -3,18 +3,20 @@
     s3://bucket/prefix, file:///mnt/nfs/kv, memory://kv ──▶ PREFIX/5e/5e09…c4
 
 An object appears whole: stores of objects promise that, and elsewhere (file://) a file is written under another name
-and renamed. A writer that is killed there leaves a file that ends in .part behind.
+and renamed. A writer that is killed there leaves a file that ends in .part behind, which `remove_all` removes too.
 
 Memory model: whole values, in memory of ours.
-Threading: any thread. fsspec's clients have a thread of their own per process.
+Threading: any thread; `remove_all` has threads of its own. fsspec's clients have a thread of their own per process.
 """
 
 from __future__ import annotations
 
 import errno
 import importlib
+import re
 import secrets
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Protocol, TypeVar, cast
 
@@ -27,6 +29,9 @@ TIMEOUT_S = 5.0
 
 _WHOLE = ("memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "obs")
 """Protocols whose objects appear whole by themselves."""
+
+_REMOVALS = 8
+_OURS = re.compile(r"/([0-9a-f]{2})/\1[0-9a-f]{30}(\.[0-9a-f]{16}\.part)?$")
 
 T = TypeVar("T")
 
@@ -44,7 +49,7 @@ class FileSystem(Protocol):
 
     def rm_file(self, path: str) -> object: ...
 
-    def rm(self, path: str, recursive: bool = False) -> object: ...
+    def find(self, path: str) -> list[str]: ...
 
 
 class ObjectStore:
@@ -70,13 +75,15 @@ class ObjectStore:
 
     def remove(self, key: BlockKey) -> None:
         """Also if it is not there. Raises TierError."""
-        with suppress(FileNotFoundError):
-            self._ask("written to", lambda: self.files.rm_file(self.path(key)))
+        self._remove_path(self.path(key))
 
-    def clear(self) -> None:
-        """Removes everything under the URL. Raises TierError."""
+    def remove_all(self) -> None:
+        """Every object whose name is one of ours, whoever wrote it. Raises TierError."""
+        paths = []
         with suppress(FileNotFoundError):
-            self._ask("emptied", lambda: self.files.rm(self._root, recursive=True))
+            paths = self._ask("listed", lambda: self.files.find(self._root))
+        with ThreadPoolExecutor(_REMOVALS, thread_name_prefix="baton-cache-remove") as threads:
+            list(threads.map(self._remove_path, [path for path in paths if _OURS.search(path)]))
 
     def path(self, key: BlockKey) -> str:
         """Where a key's object lies, as the store's file system has it."""
@@ -91,6 +98,10 @@ class ObjectStore:
         """Raises TierError once it is closed."""
         if self._is_closed:
             raise TierError(f"the lines to {self.name} are closed")
+
+    def _remove_path(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            self._ask("written to", lambda: self.files.rm_file(path))
 
     def _beginning(self, path: str, most_bytes: int) -> bytes:
         try:

@@ -56,32 +56,29 @@ class ObjectTier:
 
     def get(self, key: BlockKey, into: memoryview) -> int | None:
         """See Tier. An object that is not what was put is removed. Raises TierError if the store cannot be read."""
-        found = self._read_block(key, len(into), len(into))
-        if found is None:
-            return None
-        digest, into[:] = found
-        return digest
-
-    def get_whole(self, key: BlockKey, most_bytes: int) -> tuple[int, memoryview] | None:
-        """See Tier; as `get`."""
-        return self._read_block(key, 0, most_bytes)
-
-    def _read_block(self, key: BlockKey, least_bytes: int, most_bytes: int) -> tuple[int, memoryview] | None:
-        """Digest and bytes of a block within these bounds."""
-        value = self._read(key, HEADER_BYTES + most_bytes + 1)
+        value = self._read(key, HEADER_BYTES + len(into) + 1)
         if value is None:
             return None
-        if least_bytes <= len(value) - HEADER_BYTES <= most_bytes:
+        if len(value) == HEADER_BYTES + len(into):
+            digest: int = _HEADER.unpack_from(value)[2]
+            block = memoryview(value)[HEADER_BYTES:]
+            if value.startswith(_header(key, digest, block)):
+                into[:] = block
+                return digest
+        self._discard(key)
+        return None
+
+    def get_whole(self, key: BlockKey, most_bytes: int) -> tuple[int, memoryview] | None:
+        """As `get`, of a block of any size up to most_bytes: its digest, and its bytes in memory of its own."""
+        value = self._read(key, HEADER_BYTES + most_bytes + 1)
+        if value is None or len(value) > HEADER_BYTES + most_bytes:
+            return None
+        if len(value) >= HEADER_BYTES:
             digest: int = _HEADER.unpack_from(value)[2]
             block = memoryview(value)[HEADER_BYTES:]
             if value.startswith(_header(key, digest, block)):
                 return digest, block
-        elif least_bytes < most_bytes and len(value) > HEADER_BYTES + most_bytes:
-            return None  # a good one may be as large
-        with self._lock:
-            self._figures = _added(self._figures, corrupt=1)
-        with suppress(TierError):  # it stays, and is found out again
-            self._remove(key)
+        self._discard(key)
         return None
 
     def put(self, key: BlockKey, digest: int, block: memoryview) -> bool:
@@ -102,8 +99,9 @@ class ObjectTier:
             list(threads.map(self._remove, keys))
 
     def clear(self) -> None:
-        """Removes everything under the URL, whoever has put it there. Raises TierError."""
-        self.store.clear()
+        """Removes every block under the URL, those of other hosts too. Raises TierError if the store refuses."""
+        self._sightings.clear()
+        self.store.remove_all()
         self._sightings.clear()
 
     def figures(self) -> TierFigures:
@@ -124,6 +122,13 @@ class ObjectTier:
         else:
             self._sightings.seen(key)
         return value
+
+    def _discard(self, key: BlockKey) -> None:
+        """A block that is not what was put."""
+        with self._lock:
+            self._figures = _added(self._figures, corrupt=1)
+        with suppress(TierError):  # it stays, and is found out again
+            self._remove(key)
 
     def _remove(self, key: BlockKey) -> None:
         self._sightings.missed(key)

@@ -86,7 +86,7 @@ class PeersTier:
         """Nothing: what peers have is theirs."""
 
     def clear(self) -> None:
-        """Nothing, likewise."""
+        """Nothing, as `delete`."""
 
     def figures(self) -> TierFigures:
         """blocks: that the directory knows, each as often as peers have it. connected: peers."""

@@ -204,6 +204,33 @@ def counted(tier: ObjectTier, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return looked
 
 
+def test_clear_removes_every_block_and_nothing_else(url: str, make_tier: MakeTier) -> None:
+    tier = make_tier(url)
+    put(tier, *range(20))
+    foreign = tier.store.path(key_of(1)).rpartition("/")[0] + "/notes.txt"
+    tier.store.files.pipe_file(foreign, b"somebody's")
+    make_tier(url).clear()
+    tier.clear()
+    assert tier.contains([key_of(1)]) == 0
+    assert all(read(tier, number)[0] is None for number in range(20))
+    assert tier.store.files.cat_file(foreign) == b"somebody's"
+    blocks = put(tier, 1)
+    assert read(tier, 1) == (1, blocks[1])
+
+
+def test_a_block_whose_size_nobody_knows_is_given_whole(make_tier: MakeTier) -> None:
+    tier = make_tier(f"memory://{uuid.uuid4().hex}")
+    blocks = put(tier, 1, 2)
+    assert tier.get_whole(key_of(9), BLOCK_BYTES) is None
+    found = tier.get_whole(key_of(1), BLOCK_BYTES)
+    assert found is not None
+    assert (found[0], bytes(found[1])) == (1, blocks[1])
+    assert tier.get_whole(key_of(1), BLOCK_BYTES - 1) is None, "more than was asked for"
+    tier.store.files.pipe_file(tier.store.path(key_of(2)), object_of(tier, 2)[:-1])
+    assert tier.get_whole(key_of(2), BLOCK_BYTES) is None
+    assert (tier.figures().corrupt, tier.contains([key_of(2)])) == (1, 0)
+
+
 @pytest.mark.parametrize("change", ["flip", "cut", "other", "grow", "empty"])
 def test_an_object_that_is_not_what_was_put_is_a_miss_and_is_removed(
     url: str, change: str, make_tier: MakeTier
