@@ -29,7 +29,7 @@ def test_what_one_host_computed_another_loads_from_it_and_its_death_costs_nothin
     for asked in (body, other):
         assert ask(first.url, asked).outcome() == ask(plain.url, asked).outcome()
     settled(first)
-    num_blocks = 1000 // BLOCK + 700 // BLOCK
+    num_blocks = -(-1000 // BLOCK) + -(-700 // BLOCK)
     second = start("0P1D", *CHUNKED, cache=CacheSpec.parse(f"128MiB,peer=127.0.0.1:{port}"))
     until(lambda: figures(second)["peer_blocks"] == num_blocks, what="what the peer has")
 
