@@ -20,7 +20,7 @@ from core.errors import BatonError, ConfigError
 
 _PASSED = ("--prefill-args", "--decode-args")
 _CLEAR = "\r\033[K"
-_BENCHMARKS = ("handoff",)
+_BENCHMARKS = ("handoff", "cache")
 _CACHE = {
     "serve": "Starts the cache server of this host and stays up until stopped.",
     "stats": "Shows what the cache server holds and did.",
@@ -72,7 +72,7 @@ _USAGE = """usage: baton COMMAND ...
   instance     start one instance that joins a proxy, here or on another host
   cache        serve, stats or drop: the host's shared KV cache by hand
   demo         start 1P1D with the bundled model, ask a question, show its timeline, stop
-  bench NAME   measure; NAME is one of: handoff
+  bench NAME   measure; NAME is one of: handoff, cache
 
 baton COMMAND --help says more."""
 
