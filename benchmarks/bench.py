@@ -1,4 +1,4 @@
-"""What every part of `baton bench cache` is given: the options, the ground, the finished cells, the bar and the clock."""
+"""What every part of `baton bench cache` is given: options, ground, finished cells, bar and clock."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from benchmarks.bar import Bar
 from benchmarks.cache_options import CacheOptions
 from benchmarks.cache_results import State
 from benchmarks.cache_systems import CacheSystem, Contestant, Kind, Memory, Site, contestant
+from benchmarks.corpus import Corpus
 from benchmarks.machine import Machine
 from benchmarks.measure import FIRST_TOKEN_ID
 from cluster.bundled import BUNDLED_FOLDER
@@ -33,6 +34,7 @@ class Bench(msgspec.Struct, frozen=True):
     bar: Bar
     clock: Clock
     machine: Machine
+    corpus: Corpus
 
     def random_prompt(self, num_tokens: int, seed: str) -> list[int]:
         """Tokens that no other seed shares a block with."""

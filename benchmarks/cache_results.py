@@ -64,7 +64,8 @@ class TierCell(msgspec.Struct, frozen=True, tag="tiers"):
 
 class WorkloadCell(msgspec.Struct, frozen=True, tag="workload"):
     """One system under one workload. reuse: the share of prompt tokens that was asked for; possible: what a cache
-    without end could have given, in whole blocks. working_set_bytes: of KV of all distinct blocks."""
+    without end could have given, in whole blocks. working_set_bytes: of KV of all distinct blocks. num_active: families
+    that were asked by turns."""
 
     system: str
     workload: str
@@ -72,6 +73,7 @@ class WorkloadCell(msgspec.Struct, frozen=True, tag="workload"):
     size: str
     possible: float
     working_set_bytes: int
+    num_active: int
     answers: tuple[Answered, ...]
 
     @property

@@ -56,12 +56,13 @@ class Kind(enum.Enum):
 
 class CacheSystem(msgspec.Struct, frozen=True):
     """One competitor. tier: where it finds what its engine has forgotten. has_all_memory: its engine's own cache gets
-    the host memory of the others on top."""
+    the host memory of the others on top. has_workloads: whether workloads are worth their time with it."""
 
     name: str
     kind: Kind
     tier: str = ""
     has_all_memory: bool = False
+    has_workloads: bool = True
 
     @property
     def is_below_host(self) -> bool:
@@ -79,17 +80,19 @@ SYSTEMS = {
         CacheSystem("disk", Kind.BATON, "disk"),
         CacheSystem("redis", Kind.BATON, "redis"),
         CacheSystem("lmcache", Kind.LMCACHE, "host"),
-        CacheSystem("lmcache-disk", Kind.LMCACHE, "disk"),
-        CacheSystem("lmcache-redis", Kind.LMCACHE, "redis"),
+        CacheSystem("lmcache-disk", Kind.LMCACHE, "disk", has_workloads=False),
+        CacheSystem("lmcache-redis", Kind.LMCACHE, "redis", has_workloads=False),
     )
 }
 
 
 class Memory(msgspec.Struct, frozen=True):
-    """engine_bytes: of every engine's KV cache. host_bytes: of every arena and of LMCache's host memory."""
+    """engine_bytes: of every engine's KV cache. host_bytes: of every arena and of LMCache's host memory. max_model_len:
+    of every engine; 0 leaves it as the recipe has it."""
 
     engine_bytes: int
     host_bytes: int
+    max_model_len: int = 0
 
 
 class Site:
@@ -207,6 +210,8 @@ class Contestant:
         options = self._site.recipe.options(model)
         arguments = options.arguments_decode
         arguments += ("--enable-prefix-caching" if self._has_prefix_cache else "--no-enable-prefix-caching",)
+        if self._memory.max_model_len:
+            arguments += ("--max-model-len", str(self._memory.max_model_len))
         if self._lmcache is None or self._site.lmcache is None:
             return msgspec.structs.replace(options, arguments_decode=arguments)
         return msgspec.structs.replace(

@@ -79,7 +79,7 @@ def parsed(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     return given
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         "baton bench handoff",
         description="Time to first token of plain vLLM and of 1P1D on the same cores, and the hand-off beside memcpy.",
@@ -117,7 +117,10 @@ def _system(text: str) -> System:
 
 
 def dtype_of(text: str, has_fast_bfloat16: bool) -> str:
-    """The one that is meant. Without AVX-512 a bfloat16 product is 6 times slower than one in float32 (5 against 32 GFLOP/s, EPYC 7001)."""
+    """The one that is meant. Raises ConfigError.
+
+    Without AVX-512 a bfloat16 product is 6 times slower than one in float32 (5 against 32 GFLOP/s, EPYC 7001).
+    """
     if text == "auto":
         return "bfloat16" if has_fast_bfloat16 else "float32"
     if text not in ELEMENT_BYTES:

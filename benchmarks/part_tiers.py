@@ -25,12 +25,12 @@ _MIB = 1 << 20
 
 def weight(bench: Bench) -> float:
     """Of the whole part, in prompt tokens that are computed."""
-    return len(bench.options.systems) * _system_weight(bench)
+    return len(_systems(bench)) * _system_weight(bench)
 
 
 def measure(bench: Bench) -> None:
     """Every system that the state does not have yet."""
-    for system in bench.options.systems:
+    for system in _systems(bench):
         if not bench.state.has(tier_key(system.name, bench.options.prompt_tokens)):
             bench.state.add(_cell(bench, system))
         bench.bar.advance(_system_weight(bench))
@@ -47,6 +47,10 @@ def memory_of(bench: Bench) -> Memory:
     wanted = (options.repeats + MARGIN_PROMPTS) * options.prompt_tokens * options.recipe.token_bytes
     num_bytes = -(-wanted // (256 * _MIB)) * 256 * _MIB
     return Memory(num_bytes, num_bytes)
+
+
+def _systems(bench: Bench) -> list[CacheSystem]:
+    return [system for system in bench.options.systems if not system.has_all_memory]
 
 
 def _system_weight(bench: Bench) -> float:
