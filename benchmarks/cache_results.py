@@ -7,7 +7,7 @@ A cell is the smallest thing that is measured anew after an interruption: one sy
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -196,23 +196,19 @@ class State:
 
 
 def _read(path: Path, header: Header) -> Iterator[Cell]:
-    lines = path.read_bytes().split(b"\n")
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    lines = whole.split(b"\n")
     try:
         found = msgspec.json.decode(lines[0], type=Header)
     except msgspec.DecodeError as error:
         raise ConfigError(f"--state {path} is not a state file of this benchmark: {error}") from error
     if found != header:
         raise ConfigError(f"--state {path} belongs to a run with {_differences(found, header)}: name another file")
-    yield from _cells(lines[1:])
-
-
-def _cells(lines: Sequence[bytes]) -> Iterator[Cell]:
-    """A last line that was cut off by a kill is measured again."""
-    for line in lines:
-        try:
-            yield msgspec.json.decode(line, type=Cell)
-        except msgspec.DecodeError:
-            return
+    if whole != content:  # a last line that was cut off by a kill: its cell is measured again
+        path.write_bytes(whole)
+    for line in filter(None, lines[1:]):
+        yield msgspec.json.decode(line, type=Cell)
 
 
 def _differences(found: Header, wanted: Header) -> str:
