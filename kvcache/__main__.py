@@ -30,8 +30,9 @@ def main() -> int:
     clock = SystemClock()
     try:
         text = os.environ.get(SPEC_VARIABLE)
-        tiers = [make_tier(tier, clock) for tier in CacheSpec.parse(text).tiers] if text else []
-        uvloop.run(_serve(CacheServer(fds, options.socket, clock, tiers)))
+        spec = CacheSpec.parse(text) if text else CacheSpec()
+        tiers = [make_tier(tier, clock) for tier in spec.tiers]
+        uvloop.run(_serve(CacheServer(fds, options.socket, clock, tiers, spec.listen)))
     except BatonError as error:
         print(f"baton cache: {error}", file=sys.stderr)
         return 1
@@ -43,7 +44,10 @@ async def _serve(server: CacheServer) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, serving.cancel)
     counts = server.index.counts
-    print(f"cache server: {server.index.capacity_bytes} bytes, {counts.taken_over} blocks taken over", flush=True)
+    heard = f", listens to peers at {server.peer_server.address}" if server.peer_server else ""
+    print(
+        f"cache server: {server.index.capacity_bytes} bytes, {counts.taken_over} blocks taken over{heard}", flush=True
+    )
     try:
         await serving
     except asyncio.CancelledError:

@@ -1,4 +1,5 @@
-"""`check_tier`: what every tier must do, for its own tests and for those of a tier that somebody else wrote."""
+"""`check_tier`: what every tier must do, for its own tests and for those of a tier that somebody else wrote.
+`check_source`: the same for one that is only read."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from kvcache.keys import KEY_BYTES
+from kvcache.keys import KEY_BYTES, BlockKey
 from kvcache.tier import Tier
 
 BLOCK_BYTES = 40_000
@@ -24,6 +25,22 @@ def check_tier(make: Callable[[], Tier]) -> None:
         _refuses_another_size(tier)
         _survives_many_at_once(tier)
     finally:
+        tier.close()
+
+
+def check_source(make: Callable[[], Tier], fill: Callable[[BlockKey, int, bytes], None]) -> None:
+    """Raises AssertionError where a tier that is not written breaks the contract. `fill(key, digest, block)` gives a
+    block to what such a tier reads from, which must hold at least 32 of BLOCK_BYTES bytes and begin empty, and returns
+    when the tier can know of it."""
+    tier = make()
+    try:
+        assert not tier.is_written, "a tier that is written passes check_tier"
+        _takes_nothing(tier)
+        _gives_what_the_source_has(tier, fill)
+        _reads_many_at_once(tier, fill)
+        tier.delete([key_of(1), key_of(99)])
+    finally:
+        tier.close()
         tier.close()
 
 
@@ -74,6 +91,26 @@ def _refuses_another_size(tier: Tier) -> None:
     assert read(tier, 6, BLOCK_BYTES - 1)[0] is None
 
 
+def _takes_nothing(tier: Tier) -> None:
+    assert not tier.put(key_of(1), 1, memoryview(block_of(1)))
+    assert tier.contains([key_of(1)]) == 0
+    assert read(tier, 1)[0] is None
+
+
+def _gives_what_the_source_has(tier: Tier, fill: Callable[[BlockKey, int, bytes], None]) -> None:
+    blocks = {number: block_of(number) for number in (1, 2, 3, 5)}
+    for number, block in blocks.items():
+        fill(key_of(number), 2**64 - number, block)
+    assert tier.contains([key_of(n) for n in (1, 2, 3, 4, 5)]) == 3
+    assert tier.contains([key_of(n) for n in (4, 5)]) == 0
+    assert tier.contains([]) == 0
+    for number, block in blocks.items():
+        assert read(tier, number) == (2**64 - number, block)
+    assert read(tier, 4)[0] is None
+    assert tier.figures().blocks == len(blocks)
+    assert read(tier, 1, BLOCK_BYTES - 1)[0] is None, "another size"
+
+
 def _survives_many_at_once(tier: Tier) -> None:
     blocks = {number: block_of(number) for number in range(10, 26)}
 
@@ -83,5 +120,15 @@ def _survives_many_at_once(tier: Tier) -> None:
     with ThreadPoolExecutor(_NUM_PARALLEL) as pool:
         list(pool.map(put, [*blocks, *blocks]))
         found = list(pool.map(lambda number: (number, read(tier, number)), blocks))
+    for number, (digest, block) in found:
+        assert (digest, block) == (number, blocks[number]), f"block {number}"
+
+
+def _reads_many_at_once(tier: Tier, fill: Callable[[BlockKey, int, bytes], None]) -> None:
+    blocks = {number: block_of(number) for number in range(10, 26)}
+    for number, block in blocks.items():
+        fill(key_of(number), number, block)
+    with ThreadPoolExecutor(_NUM_PARALLEL) as pool:
+        found = list(pool.map(lambda number: (number, read(tier, number)), [*blocks, *blocks]))
     for number, (digest, block) in found:
         assert (digest, block) == (number, blocks[number]), f"block {number}"

@@ -24,7 +24,8 @@ MAX_SEARCHES = 256
 
 
 class Client:
-    """One connection. `send` is where answers go; `owner` is its number, which no other has had."""
+    """One connection. `send` is where answers go; `owner` is its number, which no other has had; `more_figures` says
+    what else the server does."""
 
     def __init__(self, index: Index, hierarchy: Hierarchy, owner: int) -> None:
         self._index = index
@@ -33,6 +34,7 @@ class Client:
         self._block_bytes = 0
         self._searching: dict[int, asyncio.Task[None]] = {}
         self.send: Callable[[wire.ToClient], None] = lambda _: None
+        self.more_figures: Callable[[], dict[str, float]] = dict
 
     def greet(self, message: wire.ToServer, arena_id: str) -> None:
         """Answers the first message. Raises ProtocolError if it is no greeting."""
@@ -55,7 +57,7 @@ class Client:
             case wire.Reserve():
                 self.send(wire.Granted(message.id, self._reserve(_keys(message.keys), 0)))
             case wire.Ask():
-                self.send(wire.Figures(figures(self._index, self._hierarchy)))
+                self.send(wire.Figures(figures(self._index, self._hierarchy) | self.more_figures()))
             case wire.Hello():
                 raise ProtocolError("Hello was said already")
             case _:
@@ -154,7 +156,7 @@ def figures(index: Index, hierarchy: Hierarchy) -> dict[str, float]:
     for level in hierarchy.levels:
         held = level.tier.figures()
         values = {"blocks": held.blocks, "bytes": held.num_bytes, "evicted": held.evicted, "corrupt": held.corrupt}
-        values |= asdict(level.counts) | {"bypassed": int(level.is_bypassed)}
+        values |= asdict(level.counts) | {"bypassed": int(level.is_bypassed)} | held.more
         result |= {f"{level.tier.name}_{name}": float(value) for name, value in values.items()}
     return result
 

@@ -47,6 +47,7 @@ class DiskTier:
     """
 
     name = "disk"
+    is_written = True
 
     def __init__(self, folder: Path, capacity_bytes: int, clock: Clock) -> None:
         self._index = FileIndex(capacity_bytes)

@@ -41,6 +41,7 @@ class FaultyTier:
 
     def __init__(self, inner: Tier, faults: TierFaults) -> None:
         self.name = inner.name
+        self.is_written = inner.is_written
         self.inner = inner
         self.faults = faults
         self._closed = threading.Event()

@@ -1,6 +1,6 @@
 """The tiers below the arena, seen from its server: blocks go down when they are complete and come up when asked for.
 
-    Commit ──▶ queue (bounded) ──▶ every tier: put             write-through, off every engine's path
+    Commit ──▶ queue (bounded) ──▶ tiers that are written: put             write-through, off every engine's path
     Search ──▶ contains, tier by tier ──▶ get into reserved places, several at once ──▶ committed ──▶ Found
 
 A tier that fails or is late is bypassed by its breaker. A thread that hangs in a device keeps its place in the arena
@@ -98,6 +98,7 @@ class Hierarchy:
 
     def __init__(self, tiers: Sequence[Tier], index: Index, arena: Mapping, clock: Clock) -> None:
         self.levels = [Level(tier, clock) for tier in tiers]
+        self._written = [level for level in self.levels if level.tier.is_written]
         self._index = index
         self._arena = arena
         self._coming: dict[BlockKey, asyncio.Future[bool]] = {}
@@ -107,7 +108,7 @@ class Hierarchy:
 
     def start(self) -> None:
         """Begins to write down; from within the event loop."""
-        for _ in range(THREADS_PER_TIER if self.levels else 0):
+        for _ in range(THREADS_PER_TIER if self._written else 0):
             self._keep(asyncio.create_task(self._write_down()))
 
     async def find(self, keys: Sequence[BlockKey]) -> list[Level]:
@@ -141,11 +142,11 @@ class Hierarchy:
         return origins
 
     def write_down(self, entry: Entry) -> None:
-        """A block is complete: the tiers get it when there is time."""
-        if not self.levels:
+        """A block is complete: the tiers that want it get it when there is time."""
+        if not self._written:
             return
         if self._queued_bytes + entry.num_bytes > self._index.capacity_bytes * MAX_QUEUED_SHARE:
-            for level in self.levels:
+            for level in self._written:
                 level.counts.dropped += 1
             return
         entry.pins += 1
@@ -210,7 +211,7 @@ class Hierarchy:
         block = view(self._arena.address + entry.offset, entry.num_bytes)
         key, digest = entry.key, entry.digest
         futures = []
-        for level in self.levels:
+        for level in self._written:
             future = level.submit(partial(level.tier.put, key, digest, block))
             done = await level.wait(future, PUT_TIMEOUT_S, False)
             level.counts.puts += done

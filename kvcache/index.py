@@ -15,7 +15,7 @@ from __future__ import annotations
 import enum
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from core.clock import Clock
@@ -97,7 +97,8 @@ class _Usage:
 
 
 class Index:
-    """The blocks of one arena of `capacity_bytes`. Takes over what the ledger still knows."""
+    """The blocks of one arena of `capacity_bytes`. Takes over what the ledger still knows. `on_change` is told of each
+    block that can be found from now on, and of each that cannot any more."""
 
     def __init__(self, capacity_bytes: int, ledger: Ledger, clock: Clock) -> None:
         self.capacity_bytes = capacity_bytes
@@ -110,6 +111,7 @@ class Index:
         self._ready: OrderedDict[BlockKey, Entry] = OrderedDict()
         self._cooling: list[Entry] = []
         self._leases: dict[tuple[int, int], Lease] = {}
+        self.on_change: Callable[[BlockKey, bool], None] = lambda key, is_there: None
         for line in ledger.lines():
             self._take_over(line)
 
@@ -186,6 +188,7 @@ class Index:
         self.usage.reserved -= aligned(entry.num_bytes)
         self.usage.ready += aligned(entry.num_bytes)
         self.counts.committed += 1
+        self.on_change(key, True)
         return True
 
     def abandon(self, owner: int, keys: Sequence[BlockKey]) -> None:
@@ -263,6 +266,7 @@ class Index:
             del self._ready[entry.key]
             self._ledger.clear(entry.key)
             self.usage.ready -= aligned(entry.num_bytes)
+            self.on_change(entry.key, False)
         else:
             del self._reserved[entry.key]
             self.usage.reserved -= aligned(entry.num_bytes)

@@ -77,6 +77,7 @@ class RedisTier:
     """See kvcache/tier.py."""
 
     name = "redis"
+    is_written = True
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ arena's and the ledger's descriptors: a restarted server takes both over.
 
 Memory model: arena and ledger are memfds of the starter; the arena's pages are made present in the background, so that
 no engine meets a page fault that must first find memory.
-Threading: one event loop; one thread populates the arena and ends; tiers have threads of their own.
+Threading: one event loop; one thread populates the arena and ends; tiers and peers are served in others.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from kvcache.connection import Client
 from kvcache.hierarchy import Hierarchy
 from kvcache.index import Index
 from kvcache.ledger import Ledger, ledger_bytes
+from kvcache.peer_server import PeerServer
 from kvcache.tier import Tier
 from transport.mapping import Mapping, make_memfd
 from transport.shm_listener import peer_uid
@@ -55,8 +56,11 @@ class ArenaFds:
 class CacheServer:
     """Serves the arena behind these descriptors on a unix socket at `path`."""
 
-    def __init__(self, fds: tuple[int, int], path: Path, clock: Clock, tiers: Sequence[Tier] = ()) -> None:
-        """fds: of arena and ledger. tiers: below the arena, the nearest first; closed with the server."""
+    def __init__(
+        self, fds: tuple[int, int], path: Path, clock: Clock, tiers: Sequence[Tier] = (), listen: str = ""
+    ) -> None:
+        """fds: of arena and ledger. tiers: below the arena, the nearest first; closed with the server. listen:
+        HOST:PORT where other hosts' servers may ask for blocks, empty for nowhere. Raises ConfigError."""
         self._arena_fd, ledger_fd = fds
         arena_bytes = os.fstat(self._arena_fd).st_size
         self._arena = Mapping(self._arena_fd, arena_bytes)
@@ -67,12 +71,15 @@ class CacheServer:
         self._num_connections = 0
         self.index = Index(arena_bytes, self._ledger, clock)
         self.hierarchy = Hierarchy(tiers, self.index, self._arena, clock)
+        self.peer_server = PeerServer(listen, self.index, self._arena, clock) if listen else None
 
     async def serve(self) -> None:
         """Until it is cancelled. Raises ConfigError if somebody else listens there."""
         listener = self._listen()
         threading.Thread(target=self._populate, name="baton-cache-populate", daemon=True).start()
         self.hierarchy.start()
+        if self.peer_server:
+            self.peer_server.start()
         expiring = asyncio.create_task(self._expire())
         try:
             while True:
@@ -84,6 +91,8 @@ class CacheServer:
             self._path.unlink(missing_ok=True)
             for task in list(self._clients):
                 task.cancel()
+            if self.peer_server:
+                self.peer_server.close()
             self.hierarchy.close()
 
     def _listen(self) -> socket.socket:
@@ -117,6 +126,8 @@ class CacheServer:
         """One client, from its descriptor to its end. Its garbage ends this connection and nothing else."""
         writer = None
         client = Client(self.index, self.hierarchy, owner)
+        if self.peer_server:
+            client.more_figures = self.peer_server.figures
         try:
             socket.send_fds(connection, [b"b"], [self._arena_fd])
             reader, writer = await asyncio.open_connection(sock=connection, limit=wire.MAX_FRAME_BYTES)

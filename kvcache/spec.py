@@ -1,7 +1,8 @@
 """What `--cache` says, parsed: an arena and the tiers below it, or the socket of a server that runs already.
 
-8GiB,disk=/var/lib/baton:100GiB,redis://10.0.0.5:6379,redis://10.0.0.6:6379
-│    └─ tiers, the nearest first; redis:// words in a row are the servers of one tier
+8GiB,listen=10.0.0.5:7600,peer=10.0.0.6:7600,peer=10.0.0.7:7600,disk=/var/lib/baton:100GiB,s3://bucket/kv
+│    │                    └─ tiers, the nearest first; peer= and redis:// words in a row are the servers of one tier
+│    └─ where peers may ask this arena for blocks
 └─ the arena's size
 """
 
@@ -12,6 +13,7 @@ import re
 import msgspec
 
 from core.errors import ConfigError
+from transport.address import is_address
 
 SPEC_VARIABLE = "BATON_CACHE"
 """How a server that was started gets it: not among its arguments, where every user of the host reads passwords."""
@@ -19,7 +21,8 @@ SPEC_VARIABLE = "BATON_CACHE"
 SMALLEST_BYTES = 1 << 20
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _REDIS = ("redis://", "rediss://", "unix://")
-_TIERS = "disk=/FOLDER:SIZE (once) nor redis://HOST:PORT"
+_LISTEN, _PEER = "listen=", "peer="
+_TIERS = "disk=/FOLDER:SIZE, redis://HOST:PORT, s3://BUCKET/PREFIX, peer=HOST:PORT nor listen=HOST:PORT"
 
 
 class DiskSpec(msgspec.Struct, frozen=True):
@@ -35,15 +38,28 @@ class RedisSpec(msgspec.Struct, frozen=True):
     urls: tuple[str, ...]
 
 
-TierSpec = DiskSpec | RedisSpec
+class PeersSpec(msgspec.Struct, frozen=True):
+    """Cache servers of other hosts, by the address (HOST:PORT) where they listen to peers."""
+
+    peers: tuple[str, ...]
+
+
+class ObjectSpec(msgspec.Struct, frozen=True):
+    """A place in an object store, or in anything else that fsspec reaches."""
+
+    url: str
+
+
+TierSpec = DiskSpec | RedisSpec | PeersSpec | ObjectSpec
 
 
 class CacheSpec(msgspec.Struct, frozen=True):
-    """A size and tiers, for a server of its own; or a socket."""
+    """A size and tiers, for a server of its own; or a socket. listen: HOST:PORT for peers, empty for none."""
 
     num_bytes: int = 0
     socket: str = ""
     tiers: tuple[TierSpec, ...] = ()
+    listen: str = ""
     text: str = ""
 
     @classmethod
@@ -55,8 +71,9 @@ class CacheSpec(msgspec.Struct, frozen=True):
         num_bytes = size(first, "a size such as 8GiB, or unix:/path/of/a/cache/server")
         tiers: list[TierSpec] = []
         for word in words:
-            _add(tiers, word)
-        return cls(num_bytes=num_bytes, tiers=tuple(tiers), text=text)
+            if not word.startswith(_LISTEN):
+                _add(tiers, word)
+        return cls(num_bytes=num_bytes, tiers=tuple(tiers), listen=_listen(words), text=text)
 
 
 def size(text: str, wanted: str) -> int:
@@ -79,13 +96,50 @@ def _socket(first: str, words: list[str]) -> str:
     return path
 
 
+def _listen(words: list[str]) -> str:
+    """Where peers may ask, empty where no word says it."""
+    places = [word for word in words if word.startswith(_LISTEN)]
+    if len(places) > 1:
+        raise ConfigError(f"--cache: {places[1]!r} is one too many; peers ask at one address")
+    return _address(places[0].removeprefix(_LISTEN), 0) if places else ""
+
+
+def _address(text: str, lowest_port: int) -> str:
+    """HOST:PORT, checked."""
+    port = text.rpartition(":")[2]
+    is_port = port.isascii() and port.isdecimal() and lowest_port <= int(port) <= 65535
+    if not is_port or not is_address(f"tcp://{text.rpartition(':')[0]}:{max(int(port), 1)}"):
+        raise ConfigError(f"--cache: {text!r} is not HOST:PORT, such as 10.0.0.5:7600 or [fd00::5]:7600")
+    return text
+
+
+def _add_peer(tiers: list[TierSpec], peer: str) -> None:
+    known = [each for tier in tiers if isinstance(tier, PeersSpec) for each in tier.peers]
+    if peer in known:
+        raise ConfigError(f"--cache: the peer {peer} is named twice")
+    if not known:
+        tiers.append(PeersSpec((peer,)))
+    elif isinstance(tiers[-1], PeersSpec):
+        tiers[-1] = PeersSpec((*known, peer))
+    else:
+        raise ConfigError(f"--cache: peer={peer} stands apart from the other peers; name them one after another")
+
+
 def _add(tiers: list[TierSpec], word: str) -> None:
     """One word of the list: a tier, or one more server of the tier before it."""
+    if word.startswith(_PEER):
+        _add_peer(tiers, _address(word.removeprefix(_PEER), 1))
+        return
     if word.startswith(_REDIS):
         if tiers and isinstance(tiers[-1], RedisSpec):
             tiers[-1] = RedisSpec((*tiers[-1].urls, word))
         else:
             tiers.append(RedisSpec((word,)))
+        return
+    if re.match(r"[a-z][a-z0-9+.-]*://", word):
+        if any(isinstance(tier, ObjectSpec) for tier in tiers):
+            raise ConfigError(f"--cache: {word!r} is one too many; blocks are kept in one store of objects")
+        tiers.append(ObjectSpec(word))
         return
     folder, _, num_bytes = word.removeprefix("disk=").rpartition(":")
     is_second = any(isinstance(tier, DiskSpec) for tier in tiers)

@@ -26,18 +26,22 @@ class TierError(BatonError):
 
 
 class TierFigures(msgspec.Struct, frozen=True):
-    """What a tier holds and did. corrupt: blocks that failed their checksum and were removed."""
+    """What a tier holds and did. corrupt: blocks that failed their checksum and were removed. more: what only this kind
+    of tier has to say, by name."""
 
     blocks: int = 0
     num_bytes: int = 0
     evicted: int = 0
     corrupt: int = 0
+    more: dict[str, float] = {}
 
 
 class Tier(Protocol):
-    """A place that keeps blocks after the arena has forgotten them."""
+    """A place that keeps blocks after the arena has forgotten them. is_written: whether it takes blocks at all; into
+    one that does not, nothing is put."""
 
     name: str
+    is_written: bool
 
     def contains(self, keys: Sequence[BlockKey]) -> int:
         """How many of the first keys are there, without a gap. May be wrong: `get` decides."""
@@ -64,6 +68,10 @@ class Tier(Protocol):
 
 def seal(key: BlockKey, digest: int, block: bytes | memoryview) -> int:
     """The checksum that is kept beside a block: xxh3-64 over its bytes, then over key, digest and length."""
-    body = xxhash.xxh3_64_intdigest(block)
-    head = key + digest.to_bytes(8, "little") + len(block).to_bytes(8, "little") + body.to_bytes(8, "little")
+    return seal_of(key, digest, len(block), xxhash.xxh3_64_intdigest(block))
+
+
+def seal_of(key: BlockKey, digest: int, num_bytes: int, body: int) -> int:
+    """The same where the bytes' own xxh3-64 is known already."""
+    head = key + digest.to_bytes(8, "little") + num_bytes.to_bytes(8, "little") + body.to_bytes(8, "little")
     return xxhash.xxh3_64_intdigest(head)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from core.clock import Clock
-from kvcache.spec import DiskSpec, RedisSpec, TierSpec
+from kvcache.spec import DiskSpec, ObjectSpec, PeersSpec, RedisSpec, TierSpec
 from kvcache.tier import Tier
 
 
@@ -20,3 +20,11 @@ def make_tier(spec: TierSpec, clock: Clock) -> Tier:
             from kvcache.redis_tier import RedisTier
 
             return RedisTier(list(spec.urls))
+        case PeersSpec():
+            from kvcache.peers import PeersTier
+
+            return PeersTier(spec.peers, clock)
+        case ObjectSpec():
+            from kvcache.object_tier import ObjectTier
+
+            return ObjectTier(spec.url, clock)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import collections
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from core.errors import TransferError
 from transport.base import Blocks, Region
@@ -51,7 +51,8 @@ class Pieces:
 
 
 class CountedLanding:
-    """A `transport.base.Landing` that counts. Made by `Inbox.open`."""
+    """A `transport.base.Landing` that counts. Made by `Inbox.open`. `on_notice` is called under the inbox's lock when a
+    notice has come: it may wake somebody, and must not wait."""
 
     def __init__(self, inbox: Inbox, tag: str, positions: dict[int, dict[int, int]]) -> None:
         self._inbox = inbox
@@ -61,6 +62,7 @@ class CountedLanding:
         self._summands: dict[tuple[int, int], int] = {}
         self._sum = 0
         self._notices: collections.deque[bytes] = collections.deque()
+        self.on_notice: Callable[[], None] = lambda: None
 
     def poll(self) -> list[bytes]:
         with self._inbox.lock:
@@ -118,6 +120,7 @@ class CountedLanding:
         if len(self._notices) >= MAX_NOTICES:
             return False
         self._notices.append(notice)
+        self.on_notice()
         return True
 
     def _count(self, region: Region, block_id: int) -> None:

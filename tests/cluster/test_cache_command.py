@@ -16,7 +16,7 @@ from core.errors import ConfigError
 from kvcache import wire
 from kvcache.client import CacheClient, ask_figures
 from kvcache.keys import join_keys
-from kvcache.spec import CacheSpec, DiskSpec, RedisSpec
+from kvcache.spec import CacheSpec, DiskSpec, ObjectSpec, PeersSpec, RedisSpec
 from tests.cluster.test_command import baton
 from tests.kvcache.places import key
 from tests.poll import until
@@ -37,6 +37,18 @@ def test_tiers_below_the_arena() -> None:
     assert spec.tiers == (DiskSpec("/mnt/kv", 100 << 30), both)
 
 
+def test_any_other_url_is_a_store_of_objects() -> None:
+    assert CacheSpec.parse("8GiB,s3://bucket/kv").tiers == (ObjectSpec("s3://bucket/kv"),)
+    assert CacheSpec.parse("8GiB,file:///mnt/nfs/kv").tiers == (ObjectSpec("file:///mnt/nfs/kv"),)
+
+
+def test_peers_are_one_tier_and_listen_is_none() -> None:
+    spec = CacheSpec.parse("8GiB,listen=10.0.0.5:7600,peer=10.0.0.6:7600,peer=[fd00::7]:7600,disk=/mnt/kv:1GiB")
+    assert spec.listen == "10.0.0.5:7600"
+    assert spec.tiers == (PeersSpec(("10.0.0.6:7600", "[fd00::7]:7600")), DiskSpec("/mnt/kv", 1 << 30))
+    assert CacheSpec.parse("8GiB,listen=127.0.0.1:0").tiers == ()
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -45,6 +57,14 @@ def test_tiers_below_the_arena() -> None:
         ("8GiB,disk=/x:lots", "'lots' is not a size such as 100GiB"),
         ("8GiB,disk=/x:/y", "'/y' is not a size such as 100GiB"),
         ("unix:/x,disk=/x:1GiB", "give its socket alone"),
+        ("8GiB,peer=10.0.0.6", "'10.0.0.6' is not HOST:PORT, such as 10.0.0.5:7600"),
+        ("8GiB,peer=10.0.0.6:0", "'10.0.0.6:0' is not HOST:PORT"),
+        ("8GiB,peer=10.0.0.6:99999", "'10.0.0.6:99999' is not HOST:PORT"),
+        ("8GiB,listen=:7600", "':7600' is not HOST:PORT"),
+        ("8GiB,peer=a:1,peer=a:1", "the peer a:1 is named twice"),
+        ("8GiB,peer=a:1,disk=/x:1GiB,peer=b:1", "peer=b:1 stands apart from the other peers"),
+        ("8GiB,listen=a:1,listen=b:1", "'listen=b:1' is one too many"),
+        ("8GiB,s3://b/p,file:///x", "'file:///x' is one too many"),
         ("8", "did you mean 8GiB?"),
         ("8 apples", "not a size such as 8GiB, or unix:"),
         ("unix:relative/path", "an absolute path"),

@@ -23,6 +23,7 @@ class MemoryTier:
     """See kvcache/tier.py. `kept` is there for a test to look at and to damage; it has no bound."""
 
     name = "memory"
+    is_written = True
 
     def __init__(self) -> None:
         self.kept: dict[BlockKey, Kept] = {}

@@ -69,19 +69,30 @@ class Server:
 
     def start(self) -> str:
         """Returns the server's first line when it answers."""
-        command = [sys.executable, "-P", "-m", "kvcache", "--socket", self.socket]
-        command += ["--arena-fd", str(self._fds.arena), "--ledger-fd", str(self._fds.ledger)]
-        self.process = subprocess.Popen(
-            command,
-            pass_fds=(self._fds.arena, self._fds.ledger),
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), SPEC_VARIABLE: self._spec},
-        )
+        self.process = self._popen(None)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         until(self.is_up, what="the server's answer")
         return line
+
+    def run_to_the_end(self) -> str:
+        """Of a server that cannot start: what it says."""
+        process = self._popen(subprocess.PIPE)
+        _, why = process.communicate(timeout=30)
+        assert process.returncode == 1
+        return why
+
+    def _popen(self, stderr: int | None) -> subprocess.Popen[str]:
+        command = [sys.executable, "-P", "-m", "kvcache", "--socket", self.socket]
+        command += ["--arena-fd", str(self._fds.arena), "--ledger-fd", str(self._fds.ledger)]
+        return subprocess.Popen(
+            command,
+            pass_fds=(self._fds.arena, self._fds.ledger),
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), SPEC_VARIABLE: self._spec},
+        )
 
     def is_up(self) -> bool:
         try:
