@@ -27,9 +27,11 @@ from benchmarks.redis_process import redis_server
 from benchmarks.shapes import write_model
 from benchmarks.systems import MODEL_NAME, Recipe, preloaded, undisturbed
 from cluster.bundled import BUNDLED_FOLDER
+from cluster.cache import CacheMember
 from cluster.launcher import Cluster
 from cluster.options import ClusterOptions, Start
-from cluster.ports import LOOPBACK
+from cluster.ports import LOOPBACK, free_ports
+from cluster.processes import stop_groups
 from cluster.progress import Progress
 from cluster.runfolder import RunFolder
 from cluster.zygote import Zygote
@@ -79,6 +81,7 @@ SYSTEMS = {
         CacheSystem("host", Kind.BATON, "host"),
         CacheSystem("disk", Kind.BATON, "disk"),
         CacheSystem("redis", Kind.BATON, "redis"),
+        CacheSystem("peer", Kind.BATON, "peer", has_workloads=False),
         CacheSystem("lmcache", Kind.LMCACHE, "host"),
         CacheSystem("lmcache-disk", Kind.LMCACHE, "disk", has_workloads=False),
         CacheSystem("lmcache-redis", Kind.LMCACHE, "redis", has_workloads=False),
@@ -138,6 +141,7 @@ class Contestant:
         self._cluster_stack = ExitStack()
         self._words = ""
         self._lmcache: LMCacheServer | None = None
+        self._holder: OtherHost | None = None
         self.cluster: Cluster | None = None
 
     @property
@@ -158,8 +162,12 @@ class Contestant:
         """Returns when it can be asked. Raises BatonError."""
         if self.system.kind is Kind.LMCACHE:
             self._lmcache = self._stack.enter_context(self._lmcache_server())
+        elif self.system.tier == "peer":
+            folder = self._site.folder.subfolder("other-host")
+            self._holder = self._stack.enter_context(other_host(folder, self._memory.host_bytes))
+            self._words = f"unix:{self._holder.socket}"
         elif self.system.kind is Kind.BATON:
-            self._words = self._tier_words()
+            self._words = self._size() + self._tier_words()
         self._start_cluster()
 
     def forget(self) -> None:
@@ -170,14 +178,18 @@ class Contestant:
             self._lmcache.clear()
             return
         self._cluster_stack.close()
+        if self._holder is not None:
+            self._words = f"{self._size()},peer={self._holder.address}"
         self._start_cluster()
+        if self._holder is not None:
+            _until_known(str(self._running().cache.socket))
 
     def settle(self) -> None:
         """Returns when all that was stored lies in its tier, as far as the system tells it."""
         if self._lmcache is not None:
             time.sleep(LMCACHE_SETTLE_S)
         elif self.system.kind is Kind.BATON:
-            _until_still(str(self._running().cache.socket))
+            _until_still(self._holder.socket if self._holder else str(self._running().cache.socket))
 
     def kill_engine(self) -> None:
         """kill -9 to the engine with all its processes; returns when another one is ready in its place."""
@@ -223,7 +235,10 @@ class Contestant:
     def _cache_spec(self) -> CacheSpec | None:
         if self.system.kind is not Kind.BATON:
             return None
-        return CacheSpec.parse(f"{self._memory.host_bytes >> 20}MiB{self._words}")
+        return CacheSpec.parse(self._words)
+
+    def _size(self) -> str:
+        return f"{self._memory.host_bytes >> 20}MiB"
 
     def _tier_words(self) -> str:
         """What `--cache` says behind the size."""
@@ -250,6 +265,43 @@ class Contestant:
         folder = self._site.folder.path
         with lmcache_server(self._site.lmcache, folder, self._memory.host_bytes, adapter) as server:
             yield server
+
+
+class OtherHost(msgspec.Struct, frozen=True):
+    """A cache server that stands for another host's: its engines reach it by the socket, peers by the address."""
+
+    socket: str
+    address: str
+
+
+@contextmanager
+def other_host(folder: Path, num_bytes: int) -> Iterator[OtherHost]:
+    """Serves until the block's end. Raises BatonError if it does not come up."""
+    (port,) = free_ports(1, LOOPBACK)
+    address = f"{LOOPBACK}:{port}"
+    member = CacheMember(CacheSpec.parse(f"{num_bytes >> 20}MiB,listen={address}"), folder)
+    member.start()
+    try:
+        deadline = time.monotonic() + SETTLE_TIMEOUT_S
+        while not member.is_ready():
+            if member.exit_code() is not None or time.monotonic() > deadline:
+                raise BatonError(f"the other host's cache server did not start\n{member.last_words()}")
+            time.sleep(_POLL_S)
+        yield OtherHost(str(member.socket), address)
+    finally:
+        if member.child:
+            stop_groups([member.child])
+        member.release()
+
+
+def _until_known(socket: str) -> None:
+    """Until a cache server has heard what its peer holds. Raises BatonError if it never does."""
+    deadline = time.monotonic() + SETTLE_TIMEOUT_S
+    while not ask_figures(socket).get("peer_blocks"):
+        if time.monotonic() > deadline:
+            raise BatonError("the peer's blocks did not become known")
+        time.sleep(_POLL_S)
+    _until_still(socket)
 
 
 def _until_still(socket: str) -> None:
