@@ -23,25 +23,29 @@ SHAPES_OF_DTYPE = {"float32": "qwen2.5-1.5b-half", "bfloat16": "qwen2.5-1.5b"}
 PROMPT_TOKENS = 4000
 REPEATS = 5
 REUSE = "0,50,90"
+SIZES = "small,large"
 REQUESTS = 100
 PAIRS = 12
 QUICK_SYSTEMS = "plain,prefix,host"
-QUICK_REUSE = "0,90"
-QUICK_REQUESTS = 20
+QUICK_REUSE = "75"
+QUICK_SIZES = "large"
+QUICK_PROMPT_TOKENS = 2000
+QUICK_REQUESTS = 10
 QUICK_REPEATS = 2
 QUICK_PAIRS = 10
 
 
 class CacheOptions(msgspec.Struct, frozen=True):
-    """reuse: shares of a workload's prompt tokens that earlier requests had, in percent. requests: of one workload at
-    one reuse rate. pairs: of the overhead. data: a folder with text; None: what comes with Baton. lmcache: where
-    LMCache's packages are."""
+    """reuse: shares of a workload's prompt tokens that earlier requests had, in percent. sizes: of working sets, beside
+    the engine's own cache. requests: of one workload at one reuse rate. pairs: of the overhead. data: a folder with
+    text; None: what comes with Baton. lmcache: where LMCache's packages are."""
 
     recipe: Recipe
     parts: tuple[str, ...]
     systems: tuple[CacheSystem, ...]
     workloads: tuple[str, ...]
     reuse: tuple[int, ...]
+    sizes: tuple[str, ...]
     prompt_tokens: int
     repeats: int
     requests: int
@@ -66,7 +70,12 @@ def parse(arguments: Sequence[str], has_fast_bfloat16: bool) -> CacheOptions:
         reuse=list_of(
             "--reuse", given.reuse or (QUICK_REUSE if quick else REUSE), lambda text: number_of("--reuse", text, 0, 95)
         ),
-        prompt_tokens=number_of("--prompt", given.prompt, 257, MAX_PROMPT_TOKENS),
+        sizes=list_of(
+            "--sizes", given.sizes or (QUICK_SIZES if quick else SIZES), _one_of("--sizes", tuple(SIZES.split(",")))
+        ),
+        prompt_tokens=number_of(
+            "--prompt", given.prompt or str(QUICK_PROMPT_TOKENS if quick else PROMPT_TOKENS), 257, MAX_PROMPT_TOKENS
+        ),
         repeats=number_of("--repeats", given.repeats or str(QUICK_REPEATS if quick else REPEATS), 1, 100),
         requests=number_of("--requests", given.requests or str(QUICK_REQUESTS if quick else REQUESTS), 8, 10_000),
         pairs=number_of("--pairs", given.pairs or str(QUICK_PAIRS if quick else PAIRS), 6, 1000),
@@ -93,7 +102,8 @@ def _parser() -> Parser:
         "--workloads", default=",".join(WORKLOADS), metavar="NAME,...", help=f"of {', '.join(WORKLOADS)} (all)"
     )
     parser.add_argument("--reuse", metavar="N,N", help=f"percent of prompt tokens that were there before ({REUSE})")
-    parser.add_argument("--prompt", default=str(PROMPT_TOKENS), metavar="N", help=f"tokens, tiers ({PROMPT_TOKENS})")
+    parser.add_argument("--sizes", metavar="NAME,...", help=f"of working sets, beside the engine's cache ({SIZES})")
+    parser.add_argument("--prompt", metavar="N", help=f"tokens, tiers ({PROMPT_TOKENS})")
     parser.add_argument("--repeats", metavar="N", help=f"samples of each tier ({REPEATS})")
     parser.add_argument("--requests", metavar="N", help=f"of a workload at one reuse rate ({REQUESTS})")
     parser.add_argument("--pairs", metavar="N", help=f"of the overhead ({PAIRS})")
@@ -104,7 +114,7 @@ def _parser() -> Parser:
     parser.add_argument("--out", metavar="FILE.json", help="everything raw")
     parser.add_argument("--markdown", metavar="FILE", help="a results file; in a folder: [theme]_[hardware]_[date].md")
     parser.add_argument(
-        "--quick", action="store_true", help=f"{QUICK_SYSTEMS}; {QUICK_REPEATS} repeats, {QUICK_REQUESTS} requests"
+        "--quick", action="store_true", help=f"{QUICK_SYSTEMS} with less of everything: under ten minutes on two cores"
     )
     return parser
 

@@ -104,7 +104,8 @@ class Site:
     Everything that was started is stopped with it. disk: where tiers on disk keep their blocks.
     """
 
-    def __init__(self, recipe: Recipe, progress: Progress, lmcache: Path | None = None) -> None:
+    def __init__(self, recipe: Recipe, progress: Progress, lmcache: Path | None, zygote: Zygote | None) -> None:
+        """zygote: shared with somebody else, and left running."""
         self.recipe = recipe
         self.progress = progress
         self.lmcache = lmcache
@@ -114,7 +115,7 @@ class Site:
         self.disk = Path(tempfile.mkdtemp(prefix="baton-bench-", dir=tempfile.gettempdir()))
         self._stack.callback(shutil.rmtree, self.disk, ignore_errors=True)
         self.model = write_model(recipe.shape, self.folder.subfolder("model"), BUNDLED_FOLDER)
-        self._zygote: Zygote | None = None
+        self._zygote = zygote
 
     def zygote(self) -> Zygote | None:
         """One preloaded process for all of Baton's engines and the plain ones."""
@@ -333,7 +334,7 @@ def contestant(
 
 
 @contextmanager
-def site_of(recipe: Recipe, progress: Progress, lmcache: Path | None) -> Iterator[Site]:
+def site_of(recipe: Recipe, progress: Progress, lmcache: Path | None, zygote: Zygote | None = None) -> Iterator[Site]:
     """The ground of one run."""
-    with closing(Site(recipe, progress, lmcache)) as site:
+    with closing(Site(recipe, progress, lmcache, zygote)) as site:
         yield site

@@ -18,6 +18,7 @@ from benchmarks.cache_summary import (
     tier_rows,
     workload_rows,
 )
+from benchmarks.workloads import NO_SIZE
 
 
 class Table(msgspec.Struct, frozen=True):
@@ -109,7 +110,7 @@ def _workload_cells(row: WorkloadRow) -> tuple[str, ...]:
     return (
         row.workload,
         f"{row.possible:.0%}",
-        f"{row.working_set_bytes / 1e6:.0f} MB" + ("" if row.size == "none" else f", {row.size}"),
+        f"{row.working_set_bytes / 1e6:.0f} MB" + ("" if row.size == NO_SIZE else f", {row.size}"),
         row.system,
         _spread(row.first_token, 0),
         _number(row.p99_ms, 0),

@@ -13,6 +13,7 @@ from benchmarks.cache_results import WorkloadCell, workload_key
 from benchmarks.cache_systems import CacheSystem, Memory
 from benchmarks.workloads import (
     MAX_PROMPT_TOKENS,
+    NO_SIZE,
     Prompt,
     Situation,
     possible_reuse,
@@ -85,7 +86,8 @@ def _systems(bench: Bench) -> list[CacheSystem]:
 
 def _situations(bench: Bench) -> list[Situation]:
     options = bench.options
-    return situations(options.workloads, options.reuse, engine_tokens(), options.requests)
+    wanted = situations(options.workloads, options.reuse, engine_tokens(), options.requests)
+    return [each for each in wanted if each.size in (*options.sizes, NO_SIZE)]
 
 
 def _memory(bench: Bench, system: CacheSystem) -> Memory:

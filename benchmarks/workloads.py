@@ -24,6 +24,8 @@ from benchmarks.corpus import Corpus
 
 BLOCK_TOKENS = 128
 MAX_PROMPT_TOKENS = 1664
+NO_SIZE = "none"
+"""Of the working set where nothing is reused."""
 MOST_REQUESTS = 40
 """Of one family."""
 
@@ -93,7 +95,7 @@ def situations(
         few = num_requests * 2 // 5
         for share in sorted(reuse):
             if not share:
-                result.append(Situation(workload, 0, "none", 1, few))
+                result.append(Situation(workload, 0, NO_SIZE, 1, few))
                 continue
             largest = longest(workload)
             small = max(engine_tokens // (2 * largest), 1)

@@ -44,13 +44,15 @@ def found(first_token_ms: float, tier: str, **given: Any) -> Answered:
     """A prompt that was found but for its end: 100 MB in 20 ms."""
     if tier == "engine":
         return answered(first_token_ms, from_engine=FOUND_TOKENS, **given)
-    told = {"tiers": {tier: FOUND_TOKENS}, "load_ms": 20.0, "load_bytes": NUM_BYTES} if tier != "outside" else {}
+    told: dict[str, Any] = (
+        {"tiers": {tier: FOUND_TOKENS}, "load_ms": 20.0, "load_bytes": NUM_BYTES} if tier != "outside" else {}
+    )
     return answered(first_token_ms, from_outside=FOUND_TOKENS, **(told | given))
 
 
 def tier_cell(system: str, tier: str, warm_ms: float, **given: Any) -> TierCell:
     """Three samples of each, 1000 ms computed; memcpy of 10 GB/s, raw reads of 5 GB/s."""
-    raws = (Raw("memcpy", NUM_BYTES, (0.01, 0.009, 0.02)),)
+    raws: tuple[Raw, ...] = (Raw("memcpy", NUM_BYTES, (0.01, 0.009, 0.02)),)
     if tier not in ("engine", "host", "outside", ""):
         raws += (Raw(tier, NUM_BYTES, (0.02, 0.02, 0.02)),)
     cold = tuple(answered(value) for value in (1000.0, 990.0, 1010.0))

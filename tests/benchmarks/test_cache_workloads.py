@@ -29,10 +29,15 @@ NEAR = 0.12
 """One request more or less of a family makes so much of a difference at low reuse."""
 
 
+def noise(num_tokens: int, seed: int) -> Corpus:
+    dice = random.Random(seed)
+    prose, code = ([dice.randrange(2048) for _ in range(num_tokens)] for _ in range(2))
+    return Corpus(prose, code, "noise")
+
+
 @pytest.fixture(scope="module")
 def corpus() -> Corpus:
-    dice = random.Random(0)
-    return Corpus(*([dice.randrange(2048) for _ in range(60_000)] for _ in range(2)), "noise")
+    return noise(60_000, 0)
 
 
 def situation(workload: str, reuse: int, num_active: int = 3) -> Situation:
@@ -71,8 +76,7 @@ def test_without_reuse_no_prompt_shares_a_block_with_another(corpus: Corpus) -> 
 
 @given(st.sampled_from(WORKLOADS), st.sampled_from([0, 50, 90]), st.text(max_size=4))
 def test_the_same_seed_gives_the_same_prompts_and_another_one_others(workload: str, reuse: int, seed: str) -> None:
-    dice = random.Random(1)
-    corpus = Corpus(*([dice.randrange(2048) for _ in range(9_000)] for _ in range(2)), "noise")
+    corpus = noise(9_000, 1)
     asked = Situation(workload, reuse, "large", 2, 8)
     assert prompts_of(asked, corpus, seed) == prompts_of(asked, corpus, seed)
     assert prompts_of(asked, corpus, seed) != prompts_of(asked, corpus, seed + "x")
