@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _PASSED = ("--prefill-args", "--decode-args")
 _CLEAR = "\r\033[K"
-_BENCHMARKS = ("handoff", "codecs")
+_BENCHMARKS = ("handoff", "cache", "codecs")
 _CACHE = {
     "serve": "Starts the cache server of this host and stays up until stopped.",
     "stats": "Shows what the cache server holds and did.",
@@ -87,7 +87,7 @@ _USAGE = """usage: baton COMMAND ...
   instance     start one instance that joins a proxy, here or on another host
   cache        serve, stats, ls, pin, unpin, drop, warm: the host's shared KV cache by hand
   demo         start 1P1D with the bundled model, ask a question, show its timeline, stop
-  bench NAME   measure; NAME is one of: handoff, codecs
+  bench NAME   measure; NAME is one of: handoff, cache, codecs
 
 baton COMMAND --help says more."""
 

@@ -22,6 +22,10 @@ class Bar:
         self._printed_s = self._start_s - _REPEAT_S
         self._refreshed = stream.isatty()
 
+    def expect(self, total: float) -> None:
+        """The weight of everything, where it was not known at the start."""
+        self._total = total
+
     def show(self, text: str) -> None:
         """What is being done now."""
         line = self.line(text)

@@ -57,8 +57,8 @@ class Yardstick:
         self._shape = shape
         self._clock = clock
         self._dice = random.Random(seed)
-        self._memories = [_memory(shape.num_bytes) for _ in range(2)]
-        self._broom = _memory(max(BROOM_BYTES, 4 * last_level_bytes))
+        self._memories = [memory_of(shape.num_bytes) for _ in range(2)]
+        self._broom = memory_of(max(BROOM_BYTES, 4 * last_level_bytes))
 
     def measure(self, num_blocks: int, blocks_per_chunk: int) -> CopyTimes:
         """Copies `num_blocks` blocks of every layer, chunk by chunk; the first pass of each kind is not counted."""
@@ -116,12 +116,16 @@ class Yardstick:
         return memory.address + (layer * self._shape.num_blocks + block_id) * self._shape.block_bytes
 
     def _sweep(self) -> None:
-        """Writes the broom: afterwards the processor's caches hold little else."""
-        ctypes.memset(self._broom.address, 2, self._broom.num_bytes)
+        sweep(self._broom)
 
 
-def _memory(num_bytes: int) -> Mapping:
-    """The mapping keeps the memfd alive."""
+def sweep(broom: Mapping) -> None:
+    """Writes the broom: afterwards the processor's caches hold little else."""
+    ctypes.memset(broom.address, 2, broom.num_bytes)
+
+
+def memory_of(num_bytes: int) -> Mapping:
+    """Shared memory with every page present. The mapping keeps the memfd alive."""
     fd = make_memfd(num_bytes)
     try:
         memory = Mapping(fd, num_bytes)

@@ -41,7 +41,7 @@ class HandoffOptions(msgspec.Struct, frozen=True):
     markdown: Path | None = None
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse whose errors are ours."""
 
     def error(self, message: str) -> NoReturn:
@@ -50,7 +50,24 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(arguments: Sequence[str], has_fast_bfloat16: bool) -> HandoffOptions:
     """Raises ConfigError naming the option, and the nearest known one where it is not known."""
-    parser = _parser()
+    given = parsed(_parser(), arguments)
+    quick_prompts, quick_repeats = (QUICK_PROMPTS, QUICK_REPEATS) if given.quick else (PROMPTS, REPEATS)
+    return HandoffOptions(
+        recipe=Recipe(
+            shape_of(given.shape),
+            dtype_of(given.dtype, has_fast_bfloat16),
+            number_of("--max-num-batched-tokens", given.max_num_batched_tokens, 128, 65536),
+        ),
+        prompts=list_of("--prompts", given.prompts or quick_prompts, _prompt),
+        repeats=number_of("--repeats", given.repeats or str(quick_repeats), 1, 1000),
+        systems=list_of("--systems", given.systems, _system),
+        out=file_of("--out", given.out),
+        markdown=file_of("--markdown", given.markdown),
+    )
+
+
+def parsed(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Raises ConfigError for an argument that is not known."""
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
@@ -59,23 +76,11 @@ def parse(arguments: Sequence[str], has_fast_bfloat16: bool) -> HandoffOptions:
             f"unknown argument {unknown[0]!r}; "
             + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
         )
-    quick_prompts, quick_repeats = (QUICK_PROMPTS, QUICK_REPEATS) if given.quick else (PROMPTS, REPEATS)
-    return HandoffOptions(
-        recipe=Recipe(
-            shape_of(given.shape),
-            _dtype(given.dtype, has_fast_bfloat16),
-            _number("--max-num-batched-tokens", given.max_num_batched_tokens, 128, 65536),
-        ),
-        prompts=_list("--prompts", given.prompts or quick_prompts, _prompt),
-        repeats=_number("--repeats", given.repeats or str(quick_repeats), 1, 1000),
-        systems=_list("--systems", given.systems, _system),
-        out=_file("--out", given.out),
-        markdown=_file("--markdown", given.markdown),
-    )
+    return given
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         "baton bench handoff",
         description="Time to first token of plain vLLM and of 1P1D on the same cores, and the hand-off beside memcpy.",
         allow_abbrev=False,
@@ -93,7 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _list(option: str, text: str, read: Callable[[str], T]) -> tuple[T, ...]:
+def list_of(option: str, text: str, read: Callable[[str], T]) -> tuple[T, ...]:
+    """What a comma separates, each once. Raises ConfigError."""
     values = tuple(read(part.strip()) for part in text.split(","))
     if len(set(values)) != len(values):
         raise ConfigError(f"{option} {text} names something twice")
@@ -101,7 +107,7 @@ def _list(option: str, text: str, read: Callable[[str], T]) -> tuple[T, ...]:
 
 
 def _prompt(text: str) -> int:
-    return _number("--prompts", text, MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS)
+    return number_of("--prompts", text, MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS)
 
 
 def _system(text: str) -> System:
@@ -110,8 +116,11 @@ def _system(text: str) -> System:
     return SYSTEMS[text]
 
 
-def _dtype(text: str, has_fast_bfloat16: bool) -> str:
-    """Without AVX-512 a bfloat16 product is 6 times slower than one in float32 (5 against 32 GFLOP/s, EPYC 7001)."""
+def dtype_of(text: str, has_fast_bfloat16: bool) -> str:
+    """The one that is meant. Raises ConfigError.
+
+    Without AVX-512 a bfloat16 product is 6 times slower than one in float32 (5 against 32 GFLOP/s, EPYC 7001).
+    """
     if text == "auto":
         return "bfloat16" if has_fast_bfloat16 else "float32"
     if text not in ELEMENT_BYTES:
@@ -119,7 +128,8 @@ def _dtype(text: str, has_fast_bfloat16: bool) -> str:
     return text
 
 
-def _number(option: str, text: str, low: int, high: int) -> int:
+def number_of(option: str, text: str, low: int, high: int) -> int:
+    """Raises ConfigError."""
     try:
         value = int(text)
     except ValueError:
@@ -129,7 +139,7 @@ def _number(option: str, text: str, low: int, high: int) -> int:
     return value
 
 
-def _file(option: str, text: str | None) -> Path | None:
+def file_of(option: str, text: str | None) -> Path | None:
     """Found out before an hour of measuring, not after."""
     if text is None:
         return None

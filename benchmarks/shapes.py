@@ -38,6 +38,7 @@ SHAPES = {
     for shape in (
         Shape("qwen2.5-0.5b", "24 layers, 2 KV heads of 64", 24, 2, 64, 512, 8, 512),
         Shape("qwen2.5-1.5b", "28 layers, 2 KV heads of 128", 28, 2, 128, 512, 4, 512),
+        Shape("qwen2.5-1.5b-half", "28 layers, 1 KV head of 128", 28, 1, 128, 128, 1, 128),
     )
 }
 

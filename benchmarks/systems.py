@@ -90,7 +90,7 @@ def running(
         stack.callback(folder.remove)
         path = write_model(recipe.shape, folder.subfolder("model"), BUNDLED_FOLDER)
         options = recipe.options(ServedModel(str(path), MODEL_NAME, recipe.kv_cache_bytes))
-        zygote = zygote or _zygote(folder, stack, progress)
+        zygote = zygote or preloaded(folder, stack, progress)
         clusters: dict[str, Cluster] = {}
         stack.callback(_stop, clusters)
         for system in systems:
@@ -99,7 +99,7 @@ def running(
             progress.done(f"{system.name} ({system.topology}) is ready")
         yield clusters
     finally:
-        with _undisturbed():
+        with undisturbed():
             stack.close()
 
 
@@ -127,7 +127,7 @@ def _stop(clusters: Mapping[str, Cluster]) -> None:
             stopping.result()
 
 
-def _zygote(folder: RunFolder, stack: ExitStack, progress: Progress) -> Zygote | None:
+def preloaded(folder: RunFolder, stack: ExitStack, progress: Progress) -> Zygote | None:
     """None where this vLLM cannot be forked: then each instance starts plainly, which takes longer."""
     zygote = Zygote(folder.path)
     stack.callback(zygote.close)
@@ -146,7 +146,7 @@ def _zygote(folder: RunFolder, stack: ExitStack, progress: Progress) -> Zygote |
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """A second Ctrl-C does not break the clean-up off."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in _SIGNALS}
     try:

@@ -62,13 +62,13 @@ def from_cache(client: BatonClient, answer: Generation) -> int:
     return tokens.from_cache or 0
 
 
-def kept(tokens: int) -> int:
+def kept_tokens(tokens: int) -> int:
     """Of a prompt's tokens: a short end in the middle of a block is not."""
     return tokens if tokens % BLOCK >= MIN_TOKENS else tokens // BLOCK * BLOCK
 
 
 def kept_blocks(tokens: int) -> int:
-    return -(-kept(tokens) // BLOCK)
+    return -(-kept_tokens(tokens) // BLOCK)
 
 
 def test_a_text_that_was_computed_ahead_is_loaded_and_the_tokens_are_plain_vllms(
@@ -83,7 +83,7 @@ def test_a_text_that_was_computed_ahead_is_loaded_and_the_tokens_are_plain_vllms
     question = "What says the king?\n"
     answer = client.generate_with_context(made, question, **SAMPLING)
     check_equal_to_plain(plain, answer, prompt=text + question)
-    assert from_cache(client, answer) == kept(made.tokens)
+    assert from_cache(client, answer) == kept_tokens(made.tokens)
     assert [part.reuse for part in answer.contexts] == ["prefix"]
     assert client.record(answer.request_id).contexts == list(answer.contexts)
     client.drop_context(made)
@@ -98,11 +98,11 @@ def test_parts_in_another_order_are_recomputed_and_said_to_be_and_the_answer_is_
     first = client.generate_with_contexts([a, b], "Speak.", **SAMPLING)
     check_equal_to_plain(plain, first, prompt=texts[0] + texts[1] + "Speak.")
     assert [part.reuse for part in first.contexts] == ["prefix", "recomputed"]
-    assert from_cache(client, first) == kept(a.tokens)
+    assert from_cache(client, first) == kept_tokens(a.tokens)
     turned = client.generate_with_contexts([b, a], "Speak.", **SAMPLING)
     check_equal_to_plain(plain, turned, prompt=texts[1] + texts[0] + "Speak.")
     assert [part.reuse for part in turned.contexts] == ["prefix", "recomputed"]
-    assert from_cache(client, turned) == kept(b.tokens), "of the part that comes second nothing is reused"
+    assert from_cache(client, turned) == kept_tokens(b.tokens), "of the part that comes second nothing is reused"
     again = client.generate_with_contexts([a, b], "And again.", **SAMPLING)
     assert [part.reuse for part in again.contexts] == ["prefix", "prefix"]
     record = client.record(again.request_id).tokens
@@ -134,7 +134,7 @@ def test_a_template_is_filled_and_its_constant_part_loaded(
     answers = client.batch(template, [{"speaker": "ROMEO", "line": "O"}, {"line": "A"}], **SAMPLING)
     assert isinstance(answers[0], Generation)
     check_equal_to_plain(plain, answers[0], prompt=f"{text}\nROMEO:\nO")
-    assert from_cache(client, answers[0]) == kept(template.context.tokens) > 0
+    assert from_cache(client, answers[0]) == kept_tokens(template.context.tokens) > 0
     assert isinstance(answers[1], Exception)
     assert "missing: speaker" in str(answers[1])
 
@@ -154,7 +154,7 @@ def test_another_tenant_finds_nothing_and_what_was_dropped_is_computed_again(
         restarted(cluster)
         kept = ask_figures(str(cluster.cache.socket))["blocks"]
         assert from_cache(theirs, theirs.generate(text + "?", **SAMPLING)) == 0
-        assert from_cache(ours, ours.generate(text + "!", **SAMPLING)) == kept(made.tokens)
+        assert from_cache(ours, ours.generate(text + "!", **SAMPLING)) == kept_tokens(made.tokens)
         _settled(cluster)
         ours.drop_context(made)
         assert made.id not in [label.name for label in labels(str(cluster.cache.socket))]
