@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 _PASSED = ("--prefill-args", "--decode-args")
 _CLEAR = "\r\033[K"
 _BENCHMARKS = ("handoff", "cache", "codecs")
+_CACHE_WORDS = (
+    "disk=/FOLDER:SIZE, redis://HOST:PORT, s3://BUCKET/PREFIX, peer=HOST:PORT with listen=HOST:PORT; codec=zstd behind a "
+    "tier; policy=lru, ttl=1h, quota=2GiB, write=back, admit=second"
+)
 _CACHE = {
     "serve": "Starts the cache server of this host and stays up until stopped.",
     "stats": "Shows what the cache server holds and did.",
@@ -109,8 +113,8 @@ def _serve(arguments: Sequence[str]) -> int:
     parser.add_argument("--transport", choices=("auto", "shm", "zmq"), default="auto", help="how KV moves (auto)")
     parser.add_argument(
         "--cache",
-        metavar="8GiB[,disk=PATH:100GiB][,redis://...][,codec=zstd]",
-        help="a KV cache that all instances share",
+        metavar="8GiB[,TIER...][,RULE...]",
+        help=f"a KV cache that all instances share: {_CACHE_WORDS}",
     )
     parser.add_argument("--start", choices=("fork", "plain"), help="how instances start (fork on CPUs, else plain)")
     return _call("cluster.serve", parser.parse(_joined(arguments)))
@@ -146,7 +150,7 @@ def _cache(arguments: Sequence[str]) -> int:
         return _warm(parser, arguments[1:])
     if name == "serve":
         parser.add_argument(
-            "size", metavar="8GiB[,disk=PATH:100GiB][,redis://...][,codec=zstd]", help="of memory, and further tiers"
+            "size", metavar="8GiB[,TIER...][,RULE...]", help=f"memory, tiers below it, rules: {_CACHE_WORDS}"
         )
     if name in ("pin", "unpin", "drop"):
         parser.add_argument("label", metavar="LABEL", nargs="?" if name == "drop" else None, help="as `ls` shows it")
