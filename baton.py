@@ -26,8 +26,8 @@ _PASSED = ("--prefill-args", "--decode-args")
 _CLEAR = "\r\033[K"
 _BENCHMARKS = ("handoff", "cache", "codecs")
 _CACHE_WORDS = (
-    "disk=/FOLDER:SIZE, redis://HOST:PORT, s3://BUCKET/PREFIX, peer=HOST:PORT with listen=HOST:PORT; codec=zstd behind a "
-    "tier; policy=lru, ttl=1h, quota=2GiB, write=back, admit=second"
+    "disk=/FOLDER:SIZE, redis://HOST:PORT, s3://BUCKET/PREFIX, peer=HOST:PORT with listen=HOST:PORT; codec=zstd behind "
+    "a tier; policy=lru, ttl=1h, quota=2GiB, write=back, admit=second"
 )
 _CACHE = {
     "serve": "Starts the cache server of this host and stays up until stopped.",
