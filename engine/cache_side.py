@@ -37,6 +37,12 @@ from transport.faultpoint import FaultPoint
 HASHES = ("sha256", "sha256_cbor")
 """vLLM's block hashes that are the same in every process; the others begin with random bytes."""
 
+ANSWER_WAIT_S = 0.002
+"""Of an idle engine, for an answer that takes a tenth of it; an empty step takes longer."""
+
+LOAD_WAIT_S = 0.003
+"""Of a worker in an empty step, for the end of a load: another such step takes the loading thread's core away."""
+
 
 def refuse_hash(algorithm: str) -> None:
     """Raises UnsupportedError for block hashes that other processes could not find again."""
@@ -105,11 +111,13 @@ class CacheScheduler:
         if label is not None:
             self._name(prompt, label)
 
-    def look_up(self, request: Any, found_tokens: int) -> int | None:
-        """Tokens to load after those found in the engine's own cache; None: not known yet."""
+    def look_up(self, request: Any, found_tokens: int, *, is_idle: bool = False) -> int | None:
+        """Tokens to load after those found in the engine's own cache; None: not known yet. is_idle: the engine has
+        nothing else to do, and waits a moment for an answer."""
         if request.skip_reading_prefix_cache:
             return 0
-        return self._reader.look_up(request.request_id, request.num_prompt_tokens, found_tokens)
+        wait_s = ANSWER_WAIT_S if is_idle else 0.0
+        return self._reader.look_up(request.request_id, request.num_prompt_tokens, found_tokens, wait_s)
 
     def allocated(self, request_id: str, block_ids: Sequence[int], found_tokens: int, num_tokens: int) -> None:
         """The engine has allocated blocks, `num_tokens` of which are to be loaded."""
@@ -214,10 +222,12 @@ class CacheWorker:
         arena = Arena(regions, lambda: fetch_arena(path, name))
         self._loader = Loader(arena, clock, faults)
         self._storer = Storer(arena, len(regions), clock, faults)
+        self._computes = False
         self._loader.prepare("")
 
     def begin(self, orders: CacheOrders) -> None:
         """Before the forward pass."""
+        self._computes = False
         for load in orders.loads:
             self._loader.start(load)
         for store in self._storer.begin_step(orders.stores):
@@ -225,11 +235,12 @@ class CacheWorker:
 
     def layer_done(self, layer: int) -> None:
         """Right after one layer of the forward pass."""
+        self._computes = True
         self._storer.save_layer(layer)
 
     def end(self) -> CacheResults:
         """After the forward pass."""
-        results = CacheResults(loaded=self._loader.ended())
+        results = CacheResults(loaded=self._loader.ended(0.0 if self._computes else LOAD_WAIT_S))
         self._storer.end_step(results)
         return results
 

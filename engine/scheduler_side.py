@@ -193,7 +193,10 @@ class SchedulerSide:
         """[own prefix cache][the host's cache][P], in prefix order."""
         known = self._requests.of(request)
         known.found = found_tokens
-        cached = self._cache.look_up(request, found_tokens) if self._cache is not None else 0
+        cached: int | None = 0
+        if self._cache is not None:
+            is_idle = next(self._requests.allocated(), None) is None
+            cached = self._cache.look_up(request, found_tokens, is_idle=is_idle)
         if known.sends and self._receiver is not None and self._sender.admit(known.prompt()) is Gate.WAIT:
             return None
         if cached is None:

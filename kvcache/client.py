@@ -6,8 +6,8 @@
 A server that is gone, hangs or talks nonsense costs hits: whatever was asked is never answered, `send` says False, and
 the thread tries again. `epoch` counts connections: what was granted under an earlier one is void.
 
-Threading: every method of `CacheClient` may be called from any thread and never waits, `close` excepted; `fetch_arena`
-waits for the server.
+Threading: every method of `CacheClient` may be called from any thread and never waits, but `close` and a `take` that is
+told to; `fetch_arena` waits for the server.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class CacheClient:
         self._hello = hello
         self._wake = wake
         self._lock = threading.Lock()
+        self._answered = threading.Condition(self._lock)
         self._outbox: deque[bytes] = deque()
         self._outbox_bytes = 0
         self._answers: OrderedDict[int, wire.Found | wire.Granted] = OrderedDict()
@@ -100,9 +101,11 @@ class CacheClient:
         number = self._next_id()
         return number if self.send(wire.Reserve(number, keys, tenant)) else 0
 
-    def take(self, number: int) -> wire.Found | wire.Granted | None:
-        """The answer to one question, once; None while it has not come."""
-        with self._lock:
+    def take(self, number: int, wait_s: float = 0.0) -> wire.Found | wire.Granted | None:
+        """The answer to one question, once; None if it has not come, nor comes within `wait_s`."""
+        with self._answered:
+            if wait_s and number not in self._answers:
+                self._answered.wait_for(lambda: number in self._answers, wait_s)
             return self._answers.pop(number, None)
 
     def close(self) -> None:
@@ -208,6 +211,7 @@ class CacheClient:
             self._answers[answer.id] = answer
             while len(self._answers) > MAX_ANSWERS:
                 self._answers.popitem(last=False)
+            self._answered.notify_all()
 
 
 def fetch_arena(path: str, name: str) -> tuple[int, int, str]:

@@ -108,9 +108,9 @@ class Client:
         self._index.forget_owner(self._owner)
 
     def _search(self, message: wire.Search) -> None:
-        keys = _keys(message.keys)
+        keys, end = _keys(message.keys), _keys(message.partial)
         _tenant(message.tenant)
-        slots = self._pin(message.id, keys, [])
+        slots = self._pin(message.id, keys + end, [])
         rest = keys[len(slots) :]
         if not rest or not self._hierarchy.levels or not self._block_bytes or len(self._searching) >= MAX_SEARCHES:
             self._answer(message, keys, slots)
@@ -124,14 +124,15 @@ class Client:
 
     async def _search_below(self, message: wire.Search, keys: list[BlockKey], slots: list[wire.Slot]) -> None:
         """The arena has a part; the tiers below are asked for what follows."""
-        rest = keys[len(slots) :]
+        keys_and_end = keys + _keys(message.partial)
+        rest = keys_and_end[len(slots) :]
         levels = await self._hierarchy.find(rest)
         origins: list[str] = []
         if levels:
             self.send(wire.Found(message.id, slots, coming=len(levels)))
             origins = await self._hierarchy.bring_up(rest[: len(levels)], levels, self._block_bytes, message.tenant)
         origins = [slot.tier for slot in slots] + origins
-        self._answer(message, keys, self._pin(message.id, keys, origins))
+        self._answer(message, keys, self._pin(message.id, keys_and_end, origins))
 
     def _pin(self, lease: int, keys: list[BlockKey], origins: list[str]) -> list[wire.Slot]:
         found = self._index.search(self._owner, lease, keys)
@@ -139,18 +140,20 @@ class Client:
         return [wire.Slot(entry.offset, entry.digest, tier) for entry, tier in zip(found, tiers, strict=False)]
 
     def _answer(self, message: wire.Search, keys: list[BlockKey], slots: list[wire.Slot]) -> None:
+        end, num_found, tenant = _keys(message.partial), len(slots), _tenant(message.tenant)
         self._index.counts.searched += len(keys)
-        self._index.counts.found += len(slots)
-        self._index.use(keys[: len(slots)])
-        self._hierarchy.used(keys[: len(slots)])
-        tenant = _tenant(message.tenant)
-        grants = self._reserve(keys[len(slots) :], len(slots), tenant) if message.reserve else []
-        before = keys[len(slots) - 1] if slots else message.root
-        has_partial = self._index.has_partial(before)
-        if message.partial and len(slots) == len(keys) and self._hierarchy.levels:
+        self._index.counts.found += min(num_found, len(keys))
+        self._index.use((keys + end)[:num_found])
+        self._hierarchy.used((keys + end)[:num_found])
+        if num_found > len(keys):  # with the prompt's end: there is nothing more to find or to write
+            self.send(wire.Found(message.id, slots))
+            return
+        grants = self._reserve(keys[num_found:], num_found, tenant) if message.reserve else []
+        has_partial = self._index.has_partial(keys[num_found - 1] if slots else message.root)
+        if end and num_found == len(keys) and self._hierarchy.levels:
             has_partial = True  # that is only likely: its place is granted when SearchPartial has not found it
-        elif message.partial and message.reserve:
-            grants += self._reserve(_keys(message.partial), len(keys), tenant, keys[-1] if keys else message.root)
+        elif end and message.reserve:
+            grants += self._reserve(end, len(keys), tenant, keys[-1] if keys else message.root)
         self.send(wire.Found(message.id, slots, grants, has_partial=has_partial))
 
     def _search_partial(self, message: wire.SearchPartial) -> None:

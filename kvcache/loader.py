@@ -46,9 +46,12 @@ class Loader:
         """Maps an arena for somebody who cannot wait for it."""
         self._waiting.put(arena_id)
 
-    def ended(self) -> list[Loaded]:
-        """What has ended since the last call."""
+    def ended(self, wait_s: float = 0.0) -> list[Loaded]:
+        """What has ended since the last call; with loads under way waits for the first end, but not longer."""
         result = []
+        if wait_s and self._num_running:
+            with contextlib.suppress(queue.Empty):
+                result.append(self._ended.get(timeout=wait_s))
         while not self._ended.empty():
             result.append(self._ended.get())
         self._num_running -= len(result)

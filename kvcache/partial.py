@@ -43,6 +43,11 @@ class PartialBlocks:
             return b""
         return self._chain(num_full)[-1]
 
+    @property
+    def num_last(self) -> int:
+        """Tokens of `last`."""
+        return len(self._token_ids) % self._block_size
+
     def after(self, num_blocks: int) -> list[BlockKey]:
         """Keys of the first tokens behind so many full blocks: as many tokens as possible, then one fewer each, down to
         MIN_TOKENS."""

@@ -5,9 +5,9 @@
                  │ └─ some, more is coming ──▶ COMING ── it came, or would take longer than computing ──▶ KNOWN
                  └─ budget spent, server gone ──────────────────────────────▶ OVER   (compute)
 
-The question is asked when the request arrives, so the answer is there when the engine looks at it; `look_up` never
-waits. What other tiers have may take as long as computing it would (`Pace`). A server that does not answer within the
-budget is not asked again until a probe was answered (`Breaker`).
+The question is asked when the request arrives, so the answer is often there when the engine looks at it; `look_up` does
+not wait unless it is told that there is nothing else to do. What other tiers have may take as long as computing it
+(`Pace`). A server that does not answer within the budget is not asked again until a probe was answered (`Breaker`).
 
 Threads: the engine's thread alone.
 """
@@ -81,6 +81,14 @@ class _LookUp:
     loaded_s: float = 0.0
     is_gone: bool = False
 
+    def take(self, slots: Sequence[wire.Slot]) -> None:
+        """What was found: full blocks, and if it is one more, the prompt's end."""
+        num_keys = len(self.prompt.keys)
+        self.slots = list(slots[:num_keys])
+        if len(slots) > num_keys:
+            partials = self.prompt.partials
+            self.partial = _Partial(partials.last, slots[num_keys], partials.num_last)
+
     def key(self, index: int) -> BlockKey:
         """Of a granted place: one more than the full blocks is the prompt's end."""
         return self.prompt.keys[index] if index < len(self.prompt.keys) else self.prompt.partials.last
@@ -113,13 +121,14 @@ class Reader:
             now_s = self._clock.monotonic_s()
             self._all[request_id] = _LookUp(number, self._client.epoch, prompt, reserve, now_s)
 
-    def look_up(self, request_id: str, num_prompt: int, found_tokens: int) -> int | None:
+    def look_up(self, request_id: str, num_prompt: int, found_tokens: int, wait_s: float = 0.0) -> int | None:
         """How many tokens, after `found_tokens` of the engine's own cache, the arena has; at most all but the last
-        of the prompt. None: not known yet."""
+        of the prompt. None: not known yet. wait_s: for which an engine that has nothing else to do waits for an
+        answer, since coming back takes longer than most answers."""
         look_up = self._all.get(request_id)
         if look_up is None:
             return 0
-        if look_up.stage in _OPEN and not self._hear(look_up):
+        if look_up.stage in _OPEN and not self._hear(look_up, wait_s):
             return None
         if look_up.stage is not Stage.KNOWN or not self.pace.is_worth_loading():
             return 0
@@ -220,18 +229,19 @@ class Reader:
         if look_up is not None and look_up.stage is Stage.KNOWN:
             self._end(look_up)
 
-    def _hear(self, look_up: _LookUp) -> bool:
+    def _hear(self, look_up: _LookUp, wait_s: float = 0.0) -> bool:
         """Whether the question has ended, with an answer or without."""
         if look_up.stage is Stage.PARTIAL:
-            return self._hear_partial(look_up)
-        answer = self._client.take(look_up.number)
+            return self._hear_partial(look_up, wait_s)
+        answer = self._client.take(look_up.number, wait_s if look_up.stage is Stage.ASKED else 0.0)
         if isinstance(answer, wire.Found):
             self._breaker.good()
-            look_up.slots, look_up.grants = answer.slots[: len(look_up.prompt.keys)], list(answer.grants)
+            look_up.take(answer.slots)
+            look_up.grants = list(answer.grants)
             look_up.arena_id, look_up.num_coming = self._client.arena_id, answer.coming
             look_up.stage = Stage.COMING if answer.coming else Stage.KNOWN
-            if answer.has_partial:
-                self._ask_partial(look_up)
+            if answer.has_partial and self._ask_partial(look_up):
+                return self._hear_partial(look_up, wait_s)
             return look_up.stage is Stage.KNOWN
         is_lost = look_up.epoch != self._client.epoch or not self._client.is_connected
         if not is_lost and self._clock.monotonic_s() - look_up.asked_s < self._patience_s(look_up):
@@ -246,7 +256,7 @@ class Reader:
                 self._breaker.bad()
         return True
 
-    def _ask_partial(self, look_up: _LookUp) -> None:
+    def _ask_partial(self, look_up: _LookUp) -> bool:
         num_blocks, prompt = len(look_up.slots), look_up.prompt
         keys = prompt.partials.after(num_blocks)
         is_end = num_blocks == len(prompt.keys) and keys[:1] == [prompt.partials.last]
@@ -255,10 +265,11 @@ class Reader:
         if number:
             look_up.partial_number, look_up.asked_s = number, self._clock.monotonic_s()
             look_up.stage = Stage.PARTIAL
+        return bool(number)
 
-    def _hear_partial(self, look_up: _LookUp) -> bool:
+    def _hear_partial(self, look_up: _LookUp, wait_s: float) -> bool:
         """Whether that question has ended; without an answer the full blocks are used alone."""
-        answer = self._client.take(look_up.partial_number)
+        answer = self._client.take(look_up.partial_number, wait_s)
         num_blocks = len(look_up.slots)
         if isinstance(answer, wire.Found):
             keys = look_up.prompt.partials.after(num_blocks)

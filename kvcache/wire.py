@@ -83,9 +83,12 @@ class SearchPartial(msgspec.Struct, frozen=True, tag=True):
 
 
 class Found(msgspec.Struct, frozen=True, tag=True):
-    """The prefix, pinned until Release; and what may be written. coming: so many blocks more are on their way from
-    other tiers, and a second Found follows when they have come. has_partial: a partial block may follow the prefix.
-    index: of SearchPartial, which of its keys the one slot belongs to."""
+    """The prefix, and behind a whole prompt its end (Search.partial), pinned until Release; and what may be written.
+
+    coming: so many blocks more are on their way from other tiers, and a second Found follows when they have come.
+    has_partial: a partial block may follow the prefix. index: of SearchPartial, which of its keys the one slot belongs
+    to.
+    """
 
     id: int
     slots: list[Slot] = []
