@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -30,12 +30,12 @@ from cluster.bundled import BUNDLED_FOLDER
 from cluster.cache import CacheMember
 from cluster.launcher import Cluster
 from cluster.options import ClusterOptions, Start
-from cluster.ports import LOOPBACK, free_ports
+from cluster.ports import LOOPBACK, check_free, free_ports
 from cluster.processes import stop_groups
 from cluster.progress import Progress
 from cluster.runfolder import RunFolder
 from cluster.zygote import Zygote
-from core.errors import BatonError
+from core.errors import BatonError, ConfigError
 from engine.instance import ServedModel
 from kvcache.client import ask_figures
 from kvcache.spec import CacheSpec
@@ -46,6 +46,7 @@ STILL_S = 1.0
 LMCACHE_SETTLE_S = 3.0
 """It stores below its host memory in the background and does not say when it has done so."""
 _POLL_S = 0.1
+_TRIES = 20
 
 
 class Kind(enum.Enum):
@@ -278,8 +279,7 @@ class OtherHost(msgspec.Struct, frozen=True):
 @contextmanager
 def other_host(folder: Path, num_bytes: int) -> Iterator[OtherHost]:
     """Serves until the block's end. Raises BatonError if it does not come up."""
-    (port,) = free_ports(1, LOOPBACK)
-    address = f"{LOOPBACK}:{port}"
+    address = f"{LOOPBACK}:{_two_free_ports()}"
     member = CacheMember(CacheSpec.parse(f"{num_bytes >> 20}MiB,listen={address}"), folder)
     member.start()
     try:
@@ -293,6 +293,16 @@ def other_host(folder: Path, num_bytes: int) -> Iterator[OtherHost]:
         if member.child:
             stop_groups([member.child])
         member.release()
+
+
+def _two_free_ports() -> int:
+    """The first of two neighbours: a cache server listens at both. Raises BatonError."""
+    for _ in range(_TRIES):
+        (port,) = free_ports(1, LOOPBACK)
+        with suppress(ConfigError):
+            check_free(port + 1, LOOPBACK)
+            return port
+    raise BatonError("no two neighbouring ports are free")
 
 
 def _until_known(socket: str) -> None:
