@@ -37,7 +37,7 @@ def measure(bench: Bench) -> None:
 
 
 def found_tokens(prompt_tokens: int) -> int:
-    """What of a prompt every cache can find again: whole blocks, and never its last token. Baton may find the rest too."""
+    """What of a prompt every cache finds again: whole blocks, and never its last token. Baton may find the rest too."""
     return (prompt_tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS
 
 
