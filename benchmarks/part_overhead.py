@@ -10,7 +10,8 @@ from __future__ import annotations
 from benchmarks.asking import Asker
 from benchmarks.bench import Bench
 from benchmarks.cache_results import Answered, PairCell, pair_key
-from benchmarks.cache_systems import SYSTEMS, CacheSystem, Kind, Memory, contestant
+from benchmarks.cache_systems import SYSTEMS, CacheSystem, Kind, Memory
+from benchmarks.contestant import contestant
 from benchmarks.part_tiers import found_tokens
 
 PROMPT_TOKENS = 1000

@@ -14,7 +14,8 @@ from benchmarks import yards
 from benchmarks.asking import Asker
 from benchmarks.bench import BLOCK_TOKENS, Bench
 from benchmarks.cache_results import Answered, Raw, TierCell, tier_key
-from benchmarks.cache_systems import CacheSystem, Contestant, Kind, Memory
+from benchmarks.cache_systems import CacheSystem, Kind, Memory
+from benchmarks.contestant import Contestant
 
 MAX_TOKENS = 6
 MARGIN_PROMPTS = 3

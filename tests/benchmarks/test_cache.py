@@ -23,8 +23,8 @@ from benchmarks.cache_results import (
     TierCell,
     WorkloadCell,
 )
-from benchmarks.cache_systems import Site
 from benchmarks.corpus import read_corpus
+from benchmarks.site import Site
 from cluster.processes import group_members
 from cluster.zygote import Zygote
 from core.clock import ManualClock
