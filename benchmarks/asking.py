@@ -9,8 +9,9 @@ from typing import Any
 import msgspec
 
 from benchmarks.cache_results import Answered
-from benchmarks.cache_systems import Contestant, Kind
+from benchmarks.cache_systems import Kind
 from benchmarks.client import Streamed, ask, record_of
+from benchmarks.contestant import Contestant
 from benchmarks.engine_counters import EngineCounters, counters_of
 from benchmarks.systems import MODEL_NAME
 from core.clock import Clock

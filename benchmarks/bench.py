@@ -13,10 +13,12 @@ from benchmarks.asking import Asker
 from benchmarks.bar import Bar
 from benchmarks.cache_options import CacheOptions
 from benchmarks.cache_results import State
-from benchmarks.cache_systems import CacheSystem, Contestant, Kind, Memory, Site, contestant
+from benchmarks.cache_systems import CacheSystem, Kind, Memory
+from benchmarks.contestant import Contestant, contestant
 from benchmarks.corpus import Corpus
 from benchmarks.machine import Machine
 from benchmarks.measure import FIRST_TOKEN_ID
+from benchmarks.site import Site
 from cluster.bundled import BUNDLED_FOLDER
 from core.clock import Clock
 

@@ -18,10 +18,11 @@ from benchmarks.cache_findings import findings_of
 from benchmarks.cache_options import CacheOptions, parse
 from benchmarks.cache_report import file_name, markdown, picture_of
 from benchmarks.cache_results import CacheRun, Cell, Header, LookupCell, State
-from benchmarks.cache_systems import SYSTEMS, site_of
+from benchmarks.cache_systems import SYSTEMS
 from benchmarks.cache_table import problem_lines, setting_lines, tables_of
 from benchmarks.corpus import Corpus, read_corpus
 from benchmarks.machine import Machine, has_fast_bfloat16, read_cpuinfo, this_machine
+from benchmarks.site import site_of
 from benchmarks.table import finding_lines
 from cluster.progress import Progress
 from cluster.zygote import Zygote

@@ -75,10 +75,8 @@ def _over_floor(tiers: dict[str, TierRow]) -> list[Finding]:
 
 
 def _beside_raw(tiers: dict[str, TierRow], step_ms: float | None) -> list[Finding]:
-    """Strictly, and with the time of vLLM's own hit taken off instead of a decode step: both compute the prompt's last
-    tokens, which is more than a step's work."""
+    """What a hit costs beyond the step that computes a token."""
     found = []
-    floor = tiers.get("prefix")
     for system in OVER_FLOOR:
         row = tiers.get(system)
         if row is None or row.raw_ms is None or step_ms is None:
@@ -88,12 +86,6 @@ def _beside_raw(tiers: dict[str, TierRow], step_ms: float | None) -> list[Findin
         rest = row.warm.median - step_ms
         text = f"{system}: first token less a decode step within {OF_RAW} times {name}: {rest:.0f} of {most:.0f} ms"
         found.append(Finding(text, rest <= most))
-        if floor is not None:
-            rest = row.warm.median - floor.warm.median
-            text = (
-                f"{system}: first token less vLLM's own hit within {OF_RAW} times {name}: {rest:.0f} of {most:.0f} ms"
-            )
-            found.append(Finding(text, rest <= most))
     return found
 
 
