@@ -18,16 +18,18 @@ What was found where is checked request by request by the engine's own counters,
 did not come from where its system claims to have it is listed as not valid.
 
 *Tiers*: random tokens, engines without their own prefix cache (`prefix` excepted), so that only the tier can have a
-prompt. *Found* in host memory: asked again. Below it: Baton's engine and cache server are started anew and the tier
-alone is kept; LMCache's host memory is emptied through its own endpoint. Everything lies in the kernel's page cache,
-as a tier that was just written does. *Barest read* is a memcpy of the same bytes for host memory; one read per
-block's file, one GET per block over one connection, one TCP stream over loopback for the others.
+prompt. Whole blocks of 128 tokens can be found, of 4,000 tokens 3,968; Baton keeps a prompt's incomplete last block
+too, so it computes one token of a prompt that is asked again where the others compute 32. *Found* in host memory:
+asked again. Below it: Baton's engine and cache server are started anew and the tier alone is kept; LMCache's host
+memory is emptied through its own endpoint. Everything lies in the kernel's page cache, as a tier that was just
+written does. *Barest read* is a memcpy of the same bytes for host memory; one read per block's file, one GET per
+block over one connection, one TCP stream over loopback for the others.
 
-*Workloads*: real text; reuse is what a cache without end would find in whole blocks (Baton may find a prompt's
-incomplete last block too). Every engine keeps its own prefix cache and has room for {engine} tokens; `prefix-large`
-has the others' host memory on top, so the same total. `small` working sets fit the engine's cache, `large` ones take
-two and a half times as much at a time. Answers of a conversation are the text's own. *Shorter* compares p50 with the
-same requests without any prefix cache; p99 is given for 100 requests or more.
+*Workloads*: real text; reuse is what a cache without end would find in whole blocks. Every engine keeps its own
+prefix cache and has room for {engine} tokens; `prefix-large` has the others' host memory on top, so the same total.
+`small` working sets fit the engine's cache, `large` ones take two and a half times as much at a time. Answers of a
+conversation are the text's own. *Shorter* compares p50 with the same requests without any prefix cache; p99 is given
+for 100 requests or more.
 
 *LMCache* 0.5.6 in its server mode, with packages that its authors do not declare as a set (no CUDA): stores and loads
 are its CPU fallback, synchronous in the worker's step. **These are not LMCache's figures on a GPU.** Its chunks have
