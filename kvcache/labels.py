@@ -208,7 +208,7 @@ class Labels:
             return False
         self._pins.update(held.named.keys)
         self._pinned_bytes += num_bytes
-        self._index.keep(new)
+        self._index.complete.keep(new)
         held.is_pinned = True
         self._is_noted = False
         return True
@@ -217,15 +217,15 @@ class Labels:
         if held.is_pinned:
             freed = _subtract(self._pins, held.named.keys)
             self._pinned_bytes -= len(freed) * aligned(held.named.block_bytes)
-            self._index.let_go(freed)
+            self._index.complete.let_go(freed)
             held.is_pinned = False
             self._is_noted = False
 
     def _is_gone(self, held: _Held, now_s: float) -> bool:
-        return now_s - held.named_s >= UNSEEN_S and not any(self._index.get(key) for key in held.named.keys)
+        return now_s - held.named_s >= UNSEEN_S and not any(self._index.complete.get(key) for key in held.named.keys)
 
     def _figures_of(self, held: _Held) -> LabelFigures:
-        entries = [entry for key in held.named.keys if (entry := self._index.get(key)) is not None]
+        entries = [entry for key in held.named.keys if (entry := self._index.complete.get(key)) is not None]
         left_s = held.deadline_s - self._clock.monotonic_s()
         return LabelFigures(
             name=held.label.name,

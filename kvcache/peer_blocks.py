@@ -22,7 +22,8 @@ from typing import TypeVar
 
 from core.errors import ProtocolError, TransferError
 from kvcache import peer_words as words
-from kvcache.index import Entry, Index
+from kvcache.entry import Entry
+from kvcache.index import Index
 from kvcache.tier import seal_of
 from transport.mapping import Mapping
 from transport.regions import view
@@ -145,12 +146,12 @@ class BlockServer:
         if found and found[0].num_bytes == fetch.num_bytes:
             self._sending.add(owner)
             return found[0]
-        self._index.release(owner, _LEASE)
+        self._index.leases.release(owner, _LEASE)
         self.counts.missing += 1
         return None
 
     def _unpin(self, owner: int, entry: Entry, is_sent: bool) -> None:
-        self._index.release(owner, _LEASE)
+        self._index.leases.release(owner, _LEASE)
         self._sending.discard(owner)
         self.counts.blocks += is_sent
         self.counts.num_bytes += entry.num_bytes * is_sent

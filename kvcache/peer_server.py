@@ -59,7 +59,7 @@ class PeerServer:
 
     def start(self) -> None:
         """Begins to listen to askers; from within the event loop."""
-        self._index.on_change = self._log.add
+        self._index.complete.on_change = self._log.add
         self.blocks.start()
         loop = asyncio.get_running_loop()
         loop.add_reader(self._door.fd, self._drain)

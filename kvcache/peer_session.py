@@ -33,7 +33,7 @@ class Session:
 
     def subscribe(self) -> None:
         """Everything first, then what changes."""
-        self._untold, self._is_first = self._index.keys(), True
+        self._untold, self._is_first = self._index.complete.keys(), True
         self._position = self._log.end
 
     def announce(self) -> bool:

@@ -93,7 +93,7 @@ class CacheServer:
         """Until it is cancelled. Raises ConfigError if somebody else listens there."""
         listener = self._listen()
         threading.Thread(target=self._populate, name="baton-cache-populate", daemon=True).start()
-        self.hierarchy.start()
+        self.hierarchy.down.start()
         if self.peer_server:
             self.peer_server.start()
         expiring = asyncio.create_task(self._expire())
@@ -114,7 +114,7 @@ class CacheServer:
             if self.peer_server:
                 self.peer_server.close()
             try:
-                await self.hierarchy.drain()
+                await self.hierarchy.down.drain()
             finally:
                 self.hierarchy.close()
 
@@ -154,7 +154,7 @@ class CacheServer:
         try:
             socket.send_fds(connection, [b"b"], [self._arena_fd])
             reader, writer = await asyncio.open_connection(sock=connection, limit=wire.MAX_FRAME_BYTES)
-            client.send = _sender(writer)
+            client.answer_to(_sender(writer))
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 first = await _read(reader)
             client.greet(first, self._ledger.arena_id)

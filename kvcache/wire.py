@@ -13,6 +13,7 @@ import struct
 import msgspec
 
 from core.errors import ProtocolError
+from kvcache.keys import TENANT_BYTES, BlockKey, split_keys
 from kvcache.shape import BlockShape
 
 VERSION = 2
@@ -260,3 +261,18 @@ def decode_at_client(body: bytes) -> ToClient:
         return _client_decoder.decode(body)
     except msgspec.DecodeError as error:
         raise ProtocolError(f"not a message of a cache server: {error}") from error
+
+
+def keys_of(joined: bytes) -> list[BlockKey]:
+    """The keys of a message. Raises ProtocolError."""
+    try:
+        return split_keys(joined)
+    except ValueError as error:
+        raise ProtocolError(str(error)) from error
+
+
+def tenant_of(named: bytes) -> bytes:
+    """The tenant of a message, empty if it names none. Raises ProtocolError."""
+    if len(named) not in (0, TENANT_BYTES):
+        raise ProtocolError(f"{len(named)} bytes name no tenant")
+    return named

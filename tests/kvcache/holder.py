@@ -57,7 +57,7 @@ class Holder:
 
     def num_pinned(self) -> int:
         """Blocks that somebody reads."""
-        return self.call(lambda: sum(entry.pins for entry in map(self.index.get, self.index.keys()) if entry))
+        return self.call(lambda: sum(entry.pins for entry in self.index.complete.entries()))
 
     def figures(self) -> dict[str, float]:
         return self.call(self.server.figures)

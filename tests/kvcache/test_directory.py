@@ -67,7 +67,7 @@ class Told(RuleBasedStateMachine):
         self.ledger, self.memory = ledger_of(CAPACITY)
         self.index = Index(CAPACITY, self.ledger, ManualClock())
         log = ChangeLog(max_changes=8)
-        self.index.on_change = log.add
+        self.index.complete.on_change = log.add
         self.session = Session(self.index, log, self.send, 0.0)
         self.room = 0
         self.directory = Directory()
@@ -77,8 +77,8 @@ class Told(RuleBasedStateMachine):
         self.room = 1000
         while self.session.announce():
             pass
-        assert len(self.directory) == len(self.index)
-        assert self.directory.prefix(self.index.keys(), ["holder"]) == len(self.index)
+        assert len(self.directory) == len(self.index.complete)
+        assert self.directory.prefix(self.index.complete.keys(), ["holder"]) == len(self.index.complete)
         self.memory.close()
 
     def send(self, word: words.ToAsker) -> bool:

@@ -11,7 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from core.clock import ManualClock
 from kvcache.counts import Reason
-from kvcache.index import COOLING_S, LEASE_S, RESERVATION_S, UNKNOWN_TENANT, Entry, Index, State
+from kvcache.entry import Entry, State
+from kvcache.index import COOLING_S, RESERVATION_S, UNKNOWN_TENANT, Index
+from kvcache.leases import LEASE_S
 from kvcache.ledger import Ledger
 from kvcache.policy import POLICIES
 from kvcache.ranges import ALIGNMENT, Ranges, aligned
@@ -62,28 +64,28 @@ class IndexMachine(RuleBasedStateMachine):
         tenant=st.sampled_from([b"", b"alice", b"bob"]),
     )
     def reserve(self, owner: int, chain: list[int], size: int, tenant: bytes) -> None:
-        before = self.index._tenants[tenant]
-        others = {entry.key for entry in self.index.entries() if entry.tenant != tenant}
+        before = self.index.tenant_bytes[tenant]
+        others = {entry.key for entry in self.index.complete.entries() if entry.tenant != tenant}
         quota = self.index.reasons[Reason.QUOTA]
         space = self.index.reasons[Reason.SPACE]
         for index, offset in self.index.reserve(owner, [key(n) for n in chain], size, tenant):
             self.granted[owner, chain[index]] = offset
-        after = self.index._tenants[tenant]
+        after = self.index.tenant_bytes[tenant]
         assert not self.chosen.quota_bytes or after <= max(before, QUOTA)
         if self.index.reasons[Reason.QUOTA] > quota and self.index.reasons[Reason.SPACE] == space:
-            assert others <= {entry.key for entry in self.index.entries()}, "a tenant's quota has cost another's block"
+            assert others <= set(self.index.complete.keys()), "a tenant's quota has cost another's block"
 
     @rule(number=KEYS)
     def keep_or_let_go(self, number: int) -> None:
         if number in self.kept:
-            self.index.let_go([key(number)])
+            self.index.complete.let_go([key(number)])
         else:
-            self.index.keep([key(number)])
+            self.index.complete.keep([key(number)])
         self.kept ^= {number}
 
     @rule()
     def take(self) -> None:
-        entry = self.index.coldest()
+        entry = self.index.complete.victim()
         if entry is not None:
             assert entry.pins == 0
             self.index.take(entry)
@@ -96,8 +98,8 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(chain=CHAINS)
     def use(self, chain: list[int]) -> None:
-        self.index.use([key(n) for n in chain])
-        self.index.touch([key(n) for n in chain])
+        self.index.complete.use([key(n) for n in chain])
+        self.index.complete.touch([key(n) for n in chain])
 
     @rule(owner=OWNERS, number=KEYS)
     def commit(self, owner: int, number: int) -> None:
@@ -125,7 +127,7 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.pinned)))
-        self.index.release(*name)
+        self.index.leases.release(*name)
         del self.pinned[name]
 
     @rule(owner=OWNERS)
@@ -141,7 +143,7 @@ class IndexMachine(RuleBasedStateMachine):
             assert self.index.quarantine(key(number), found[0].offset, found[0].digest)
             assert self.index.search(9, 2, [key(number)]) == []
         assert not self.index.quarantine(key(number), 1, 1)
-        self.index.release(9, 1)
+        self.index.leases.release(9, 1)
 
     @rule()
     def pass_time(self) -> None:
@@ -160,23 +162,23 @@ class IndexMachine(RuleBasedStateMachine):
         self.clock.advance(COOLING_S)
         self.index.expire()
         assert self.index.usage.reserved == self.index.usage.cooling == 0
-        assert not self.chosen.ttl_s or {entry.key for entry in self.index.entries()} <= {key(n) for n in self.kept}
+        assert not self.chosen.ttl_s or set(self.index.complete.keys()) <= {key(n) for n in self.kept}
 
     @rule()
     def restart(self) -> None:
         """A new server over the same ledger knows every complete block and nothing else."""
-        before = {entry.key: (entry.offset, entry.digest) for entry in self.index._ready.values()}
+        before = {entry.key: (entry.offset, entry.digest) for entry in self.index.complete._all.values()}
         self.index = Index(CAPACITY, Ledger(self.memory), self.clock, self.chosen)
         self.kept.clear()
         self.taken.clear()
-        after = {entry.key: (entry.offset, entry.digest) for entry in self.index._ready.values()}
+        after = {entry.key: (entry.offset, entry.digest) for entry in self.index.complete._all.values()}
         assert before == after
         self.granted.clear()
         self.pinned.clear()
 
     @invariant()
     def nobody_shares_bytes(self) -> None:
-        entries = [*self.index._reserved.values(), *self.index._ready.values(), *self.index._cooling]
+        entries = [*self.index._reserved.values(), *self.index.complete._all.values(), *self.index._cooling]
         spans = sorted((entry.offset, entry.offset + aligned(entry.num_bytes)) for entry in entries)
         assert all(left[1] <= right[0] for left, right in itertools.pairwise(spans)), spans
         assert all(start >= 0 and end <= CAPACITY for start, end in spans)
@@ -189,11 +191,11 @@ class IndexMachine(RuleBasedStateMachine):
 
     @invariant()
     def tenants_add_up(self) -> None:
-        entries = [*self.index._reserved.values(), *self.index._ready.values()]
+        entries = [*self.index._reserved.values(), *self.index.complete._all.values()]
         sums = {tenant: 0 for tenant in {entry.tenant for entry in entries}}
         for entry in entries:
             sums[entry.tenant] += aligned(entry.num_bytes)
-        assert dict(self.index._tenants) == sums
+        assert dict(self.index.tenant_bytes) == sums
         assert not self.chosen.quota_bytes or all(
             num_bytes <= QUOTA for tenant, num_bytes in sums.items() if tenant != UNKNOWN_TENANT
         )
@@ -201,21 +203,21 @@ class IndexMachine(RuleBasedStateMachine):
     @invariant()
     def what_may_be_evicted_is_in_the_order_and_nothing_else(self) -> None:
         asked = Asked()
-        self.index._order.victim(asked)
-        taken = {entry.key for entry in self.taken if self.index.get(entry.key) is entry}
+        self.index.complete._order.victim(asked)
+        taken = {entry.key for entry in self.taken if self.index.complete.get(entry.key) is entry}
         kept = {key(n) for n in self.kept}
-        assert asked.keys | taken | kept == set(self.index._ready) | taken | kept
+        assert asked.keys | taken | kept == set(self.index.complete._all) | taken | kept
         assert not kept & asked.keys
 
     @invariant()
     def what_is_kept_stays(self) -> None:
-        kept = [entry for entry in self.index.entries() if entry.key in {key(n) for n in self.kept}]
+        kept = [entry for entry in self.index.complete.entries() if entry.key in {key(n) for n in self.kept}]
         assert self.index.usage.pinned == sum(aligned(entry.num_bytes) for entry in kept)
 
     @invariant()
     def pinned_bytes_are_nobody_elses(self) -> None:
         held = {entry.offset: entry.key for found in self.pinned.values() for entry in found}
-        for entry in [*self.index._reserved.values(), *self.index._ready.values()]:
+        for entry in [*self.index._reserved.values(), *self.index.complete._all.values()]:
             assert held.get(entry.offset, entry.key) == entry.key
 
 
@@ -236,8 +238,8 @@ def filled(numbers: list[int], capacity: int = CAPACITY) -> tuple[Index, ManualC
 
 def test_the_end_of_a_chain_goes_before_its_beginning_and_the_least_recently_used_chain_first() -> None:
     index, _ = filled(list(range(12)))
-    index.touch([key(n) for n in range(6, 12)])
-    index.touch([key(n) for n in range(6)])
+    index.complete.touch([key(n) for n in range(6, 12)])
+    index.complete.touch([key(n) for n in range(6)])
     index.reserve(2, [key(100 + n) for n in range(3)], ALIGNMENT)
     assert [len(index.search(2, n, [key(n)])) for n in (6, 7, 8, 9, 10, 11)] == [1, 1, 1, 0, 0, 0]
     assert len(index.search(2, 99, [key(n) for n in range(6)])) == 6
@@ -276,7 +278,7 @@ def test_a_torn_record_of_the_ledger_is_passed_over() -> None:
     view[2 * 64 + 20] ^= 1
     view.release()
     again = Index(CAPACITY, Ledger(memory), ManualClock())
-    assert len(again) == 2
+    assert len(again.complete) == 2
     assert len(again.search(1, 1, [key(0)])) == 1
     assert again.search(1, 2, [key(1)]) == []
     assert len(again.reserve(1, [key(9)], ALIGNMENT)) == 1
@@ -299,18 +301,18 @@ def test_the_index_evicts_in_the_order_of_its_policy() -> None:
     index = Index(CAPACITY, ledger_of(CAPACITY)[0], clock, Rules(policy="fifo"))
     fill(index, range(12))
     index.search(1, 1, [key(0)])
-    index.use([key(0)])
-    index.release(1, 1)
+    index.complete.use([key(0)])
+    index.leases.release(1, 1)
     index.reserve(2, [key(100)], ALIGNMENT)
-    assert index.get(key(0)) is None, "first stored, first gone, although it was used last"
+    assert index.complete.get(key(0)) is None, "first stored, first gone, although it was used last"
 
 
 def test_a_tenant_over_its_quota_evicts_its_own_blocks_and_nobody_elses() -> None:
     index = Index(CAPACITY, ledger_of(CAPACITY)[0], ManualClock(), Rules(quota_bytes=QUOTA))
     fill(index, range(3), b"alice")
     fill(index, range(10, 30), b"bob")
-    assert [n for n in range(3) if index.get(key(n))] == [0, 1, 2], "the oldest of all, but alice's"
-    assert [n for n in range(10, 30) if index.get(key(n))] == [25, 26, 27, 28, 29]
+    assert [n for n in range(3) if index.complete.get(key(n))] == [0, 1, 2], "the oldest of all, but alice's"
+    assert [n for n in range(10, 30) if index.complete.get(key(n))] == [25, 26, 27, 28, 29]
     assert index.reasons == {Reason.QUOTA: 15}
     assert index.free_bytes == 4 * ALIGNMENT, "bob gets no more although there is room"
     index.search(7, 1, [key(n) for n in range(25, 30)])
@@ -320,34 +322,34 @@ def test_a_tenant_over_its_quota_evicts_its_own_blocks_and_nobody_elses() -> Non
 
 def test_a_block_that_was_to_leave_stays_if_somebody_reads_it_by_then() -> None:
     index, _ = filled([1, 2])
-    for entry in (index.coldest(), index.coldest()):
+    for entry in (index.complete.victim(), index.complete.victim()):
         assert entry is not None
         index.take(entry)
     index.search(7, 1, [key(2)])
     for number in (1, 2):
-        entry = index.get(key(number))
+        entry = index.complete.get(key(number))
         assert entry is not None
         index.settle(entry, Reason.SPACE)
-    assert [n for n in (1, 2) if index.get(key(n))] == [2]
-    index.release(7, 1)
-    assert index.coldest() is index.get(key(2)), "it is in the order again"
+    assert [n for n in (1, 2) if index.complete.get(key(n))] == [2]
+    index.leases.release(7, 1)
+    assert index.complete.victim() is index.complete.get(key(2)), "it is in the order again"
 
 
 def test_blocks_that_nobody_has_used_for_the_rules_time_leave_except_pinned_ones() -> None:
     clock = ManualClock()
     index = Index(CAPACITY, ledger_of(CAPACITY)[0], clock, Rules(ttl_s=60.0))
     fill(index, range(4))
-    index.keep([key(3)])
+    index.complete.keep([key(3)])
     clock.advance(40.0)
-    index.use([key(1)])
+    index.complete.use([key(1)])
     clock.advance(30.0)
     index.expire()
-    assert [n for n in range(4) if index.get(key(n))] == [1, 3]
+    assert [n for n in range(4) if index.complete.get(key(n))] == [1, 3]
     assert index.reasons == {Reason.TTL: 2}
-    index.let_go([key(3)])
+    index.complete.let_go([key(3)])
     clock.advance(61.0)
     index.expire()
-    assert len(index) == 0
+    assert len(index.complete) == 0
 
 
 def fill(index: Index, numbers: Iterable[int], tenant: bytes = b"") -> None:

@@ -54,7 +54,7 @@ class Stage:
         self.labels.name(label, Named(tenant, tuple(key(n) for n in numbers), ALIGNMENT, 16 * len(numbers)))
 
     def there(self, *numbers: int) -> list[int]:
-        return [number for number in numbers if self.index.get(key(number)) is not None]
+        return [number for number in numbers if self.index.complete.get(key(number)) is not None]
 
     def shown(self) -> dict[str, tuple[int, int, bool]]:
         return {label.name: (label.blocks, label.num_blocks, label.pinned) for label in self.labels.figures()}
@@ -250,7 +250,7 @@ class LabelMachine(RuleBasedStateMachine):
 
     @rule(numbers=st.lists(st.integers(0, 20), max_size=8))
     def store(self, numbers: list[int]) -> None:
-        before = self.stage.there(*(n for n in range(21) if key(n) in self.stage.index._kept))
+        before = self.stage.there(*(n for n in range(21) if key(n) in self.stage.index.complete._kept))
         self.stage.store(*numbers)
         assert self.stage.there(*before) == before, "a pinned block was evicted"
 
@@ -264,9 +264,9 @@ class LabelMachine(RuleBasedStateMachine):
     def pins_follow_from_the_labels(self) -> None:
         held = self.stage.labels._all.values()
         pinned = {key for label in held if label.is_pinned for key in label.named.keys}
-        assert self.stage.index._kept == pinned
+        assert self.stage.index.complete._kept == pinned
         assert self.stage.labels._pinned_bytes == len(pinned) * ALIGNMENT <= CAPACITY * PINNED_SHARE
-        ready = [key for key in pinned if self.stage.index.get(key) is not None]
+        ready = [key for key in pinned if self.stage.index.complete.get(key) is not None]
         assert self.stage.index.usage.pinned == len(ready) * ALIGNMENT
         assert self.stage.labels._num_keys == sum(len(label.named.keys) for label in held)
         assert set(self.stage.labels._names) == {key for label in held for key in label.named.keys}

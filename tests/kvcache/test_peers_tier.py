@@ -49,7 +49,7 @@ def make_tier() -> Iterator[MakeTier]:
         def make(*holders: Holder) -> PeersTier:
             tier = PeersTier([each.peer for each in holders])
             stack.callback(tier.close)
-            num_known = sum(len(each.index) for each in holders)
+            num_known = sum(len(each.index.complete) for each in holders)
             until(lambda: connected(tier) == len(holders), what="the connections")
             until(lambda: tier.figures().blocks == num_known, what="the directory")
             return tier
@@ -249,7 +249,7 @@ def test_a_stream_that_was_idle_for_too_long_is_replaced_without_a_word(
 def test_a_bit_that_flips_in_the_holders_arena_is_not_hidden_by_the_seal(holder: Holder, make_tier: MakeTier) -> None:
     """The seal is the holder's; the digest, which the engine compares, is that of what was computed."""
     block = keep(holder, 1)[1]
-    entry = holder.call(lambda: holder.index.get(key_of(1)))
+    entry = holder.call(lambda: holder.index.complete.get(key_of(1)))
     assert entry is not None
     holder.arena._mmap[entry.offset + 5] ^= 1
     digest, got = read(make_tier(holder), 1)

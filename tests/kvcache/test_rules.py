@@ -13,8 +13,8 @@ from core.clock import ManualClock
 from core.errors import BatonError
 from kvcache import wire
 from kvcache.client import CacheClient, drop_all
+from kvcache.descent import FREE_SHARE
 from kvcache.faulty_tier import FaultyTier, TierFaults
-from kvcache.hierarchy import FREE_SHARE
 from kvcache.keys import tenant_of
 from kvcache.pace import RETRY_S, Pace
 from kvcache.rules import Admit, Rules, Write
@@ -95,7 +95,7 @@ def test_write_back_writes_all_of_the_arena_before_an_orderly_stop(tmp_path: Pat
 def test_a_tier_that_hangs_delays_an_orderly_stop_by_seconds_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvcache.hierarchy.DRAIN_S", 0.3)
+    monkeypatch.setattr("kvcache.descent.DRAIN_S", 0.3)
     tier = FaultyTier(MemoryTier(), TierFaults(hang_s=60.0))
     with serving(tmp_path, tier, rules=Rules(write=Write.BACK)) as (_, client):
         store(client, 1, 2, 3)
@@ -193,7 +193,7 @@ class GatedTier(MemoryTier):
 def test_what_is_or_will_be_written_down_while_it_is_dropped_does_not_come_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvcache.hierarchy.MAX_QUEUED_SHARE", 1.0)
+    monkeypatch.setattr("kvcache.descent.MAX_QUEUED_SHARE", 1.0)
     tier = GatedTier()
     with serving(tmp_path, tier, rules=Rules()) as (server, client):
         store(client, *range(10))
