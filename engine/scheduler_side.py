@@ -205,7 +205,11 @@ class SchedulerSide:
         if not known.receives or self._receiver is None:
             return cached
         from_peer = self._receiver.look_up(known.prompt(), found_tokens + cached, self._capacity)
-        return None if from_peer is None else cached + from_peer
+        if from_peer is None:
+            return None
+        if from_peer:  # a block has one writer: where the cache's part ends in the middle of one, P writes it whole
+            known.cached -= (found_tokens + cached) % self._layout.block_size
+        return cached + from_peer
 
     def _note_arrived(self, arrived: Arrived) -> None:
         """What the cache gave one request, for its record."""
