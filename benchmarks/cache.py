@@ -5,11 +5,8 @@ start a system ──▶ ask it ──▶ its cells go into the state file ─�
 
 from __future__ import annotations
 
-import datetime
 import shlex
 import sys
-
-import msgspec
 
 from benchmarks import cores, part_lookup, part_overhead, part_survive, part_tiers, part_workloads
 from benchmarks.bar import Bar
@@ -22,6 +19,7 @@ from benchmarks.cache_systems import SYSTEMS
 from benchmarks.cache_table import problem_lines, setting_lines, tables_of
 from benchmarks.corpus import Corpus, read_corpus
 from benchmarks.machine import Machine, has_fast_bfloat16, read_cpuinfo, this_machine
+from benchmarks.publish import date_of, write_raw
 from benchmarks.site import site_of
 from benchmarks.table import finding_lines
 from cluster.progress import Progress
@@ -46,9 +44,7 @@ def run(argv: list[str], zygote: Zygote | None = None) -> int:
     machine = this_machine()
     result = _measured(options, shlex.join(["baton", "bench", "cache", *argv]), machine, zygote)
     _print(result)
-    if options.out is not None:
-        options.out.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
-        print(f"everything raw: {options.out}")
+    write_raw(result, options.out)
     if options.markdown is not None:
         path = file_name(result, options.markdown)
         picture = path.with_suffix(".svg")
@@ -69,7 +65,7 @@ def _print(result: CacheRun) -> None:
 
 def _measured(options: CacheOptions, command: str, machine: Machine, zygote: Zygote | None) -> CacheRun:
     clock = SystemClock()
-    date = datetime.datetime.fromtimestamp(clock.unix_s(), datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    date = date_of(clock)
     corpus = read_corpus(options.data)
     header = _header(options, machine, corpus)
     state = State(options.state, header)

@@ -9,6 +9,7 @@ from benchmarks.cache_results import CacheRun
 from benchmarks.cache_summary import tier_rows, workload_rows
 from benchmarks.cache_table import problem_lines, setting_lines, tables_of
 from benchmarks.picture import Group, Mark, svg
+from benchmarks.publish import bullets, results_path, versions
 from benchmarks.table import finding_lines
 
 _HOW = """\
@@ -39,21 +40,15 @@ platform."""
 
 def markdown(run: CacheRun, picture: str, engine_tokens: int) -> str:
     """The whole file. picture: the SVG's name beside it, empty without one."""
-    machine = run.machine
-    versions = (
-        f"{machine.cpu}, {machine.num_cores} cores, {machine.memory_bytes / 2**30:.0f} GiB, last-level cache "
-        f"{machine.cache_bytes / 2**20:.0f} MiB; Linux {machine.kernel}; Python {machine.python}, "
-        f"torch {machine.torch}, vLLM {machine.vllm}, Baton {machine.baton}; {run.date}"
-    )
     sections = [
         "# KV cache: first tokens beside vLLM's own prefix cache and LMCache",
         f"```\n{run.command}\n```",
-        versions,
-        _bullets(list(setting_lines(run, run.header.text))),
+        versions(run.machine, run.date),
+        bullets(setting_lines(run, run.header.text)),
         f"![first tokens]({picture})" if picture else "",
         *(f"## {table.title}\n\n{table.markdown()}" for table in tables_of(run)),
         "## What it means",
-        _bullets([*finding_lines(findings_of(run)), *problem_lines(run), *_notes(run)]),
+        bullets([*finding_lines(findings_of(run)), *problem_lines(run), *_notes(run)]),
         "## How it is measured",
         _HOW.format(engine=f"{engine_tokens:,}"),
     ]
@@ -81,15 +76,9 @@ def picture_of(run: CacheRun) -> str:
 
 
 def file_name(run: CacheRun, folder_or_file: Path) -> Path:
-    """In a folder the name is made; a file is taken as it is."""
-    if folder_or_file.is_dir():
-        return folder_or_file / f"cache_{run.machine.hardware}_{run.date[:10]}.md"
-    return folder_or_file
+    """See results_path."""
+    return results_path("cache", run.machine, run.date, folder_or_file)
 
 
 def _notes(run: CacheRun) -> list[str]:
     return [f"note: {text}" for text in run.machine.warnings()]
-
-
-def _bullets(lines: list[str]) -> str:
-    return "\n".join(f"* {line}" for line in lines)

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.machine import Machine
+from benchmarks.publish import results_path
 from benchmarks.quality import GREEDY_TOKENS, PREFIX_TOKENS, READ_TOKENS, Quality
 
 _SPEED_HEADER = ("codec", "dtype", "bytes left", "encode, GB/s", "decode, GB/s")
@@ -89,10 +90,8 @@ def markdown(run: CodecRun) -> str:
 
 
 def file_name(run: CodecRun, folder_or_file: Path) -> Path:
-    """In a folder the name is made; a file is taken as it is."""
-    if folder_or_file.is_dir():
-        return folder_or_file / f"codecs_{run.machine.hardware}_{run.date[:10]}.md"
-    return folder_or_file
+    """See results_path."""
+    return results_path("codecs", run.machine, run.date, folder_or_file)
 
 
 def _tables(run: CodecRun) -> list[tuple[tuple[str, ...], list[list[str]]]]:

@@ -7,7 +7,6 @@ text ──▶ held-out tenth ──▶ model ──▶ KV in blocks ──▶ e
 from __future__ import annotations
 
 import argparse
-import datetime
 import shlex
 import statistics
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ import msgspec
 
 from benchmarks.codec_report import CodecRun, QualityRow, SpeedRow, file_name, markdown, text_tables
 from benchmarks.machine import this_machine
+from benchmarks.publish import date_of
 from benchmarks.quality import Blocks, DemoModel, quality
 from cluster.bundled import BUNDLED_FOLDER
 from core.clock import SystemClock
@@ -60,7 +60,7 @@ def run(argv: list[str]) -> int:
     options = parse(argv)
     text = options.text.read_text(encoding="utf-8")
     clock, machine = SystemClock(), this_machine()
-    date = datetime.datetime.fromtimestamp(clock.unix_s(), datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    date = date_of(clock)
     model = DemoModel(BUNDLED_FOLDER)
     windows = model.windows(text[-int(HELD_OUT_SHARE * len(text)) :], options.windows)
     speeds: list[SpeedRow] = []

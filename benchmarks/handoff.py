@@ -5,14 +5,11 @@ start all systems ──▶ warm up ──▶ for each length, for each repeat: 
 
 from __future__ import annotations
 
-import datetime
 import json
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
-
-import msgspec
 
 from benchmarks import cores, table
 from benchmarks.bar import Bar
@@ -20,6 +17,7 @@ from benchmarks.machine import Machine, has_fast_bfloat16, read_cpuinfo, this_ma
 from benchmarks.measure import Measurement, Plan, Yard
 from benchmarks.memcpy import CacheShape, Yardstick
 from benchmarks.options import HandoffOptions, parse
+from benchmarks.publish import date_of, write_raw
 from benchmarks.report import file_name, markdown, problem_lines
 from benchmarks.results import Run
 from benchmarks.summary import findings_of, rows_of
@@ -45,9 +43,7 @@ def run(argv: list[str], zygote: Zygote | None = None) -> int:
     started = running(options.systems, options.recipe, Progress(sys.stderr), zygote)
     result = _measured(options, shlex.join(["baton", "bench", "handoff", *argv]), machine, started)
     _print(result)
-    if options.out is not None:
-        options.out.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
-        print(f"everything raw: {options.out}")
+    write_raw(result, options.out)
     if options.markdown is not None:
         path = file_name(result, options.markdown)
         path.write_text(markdown(result))
@@ -60,7 +56,7 @@ def _measured(
 ) -> Run:
     """Everything that it starts is stopped again, whatever ends it."""
     clock = SystemClock()
-    date = datetime.datetime.fromtimestamp(clock.unix_s(), datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    date = date_of(clock)
     with started as clusters:
         urls = {name: cluster.url for name, cluster in clusters.items()}
         plan = Plan(options.systems, urls, options.prompts, options.repeats, _vocabulary())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.memcpy import PASSES
+from benchmarks.publish import bullets, results_path, versions
 from benchmarks.results import Run
 from benchmarks.summary import findings_of, rows_of
 from benchmarks.table import finding_lines, markdown_table, memcpy_lines, part_lines, setting_lines, window_lines
@@ -22,20 +23,15 @@ immediately before, which is closer to what a push meets. *Landed* is when the d
 def markdown(run: Run) -> str:
     """The whole file."""
     rows, machine = rows_of(run), run.machine
-    versions = (
-        f"{machine.cpu}, {machine.num_cores} cores, {machine.memory_bytes / 2**30:.0f} GiB, last-level cache "
-        f"{machine.cache_bytes / 2**20:.0f} MiB; Linux {machine.kernel}; Python {machine.python}, "
-        f"torch {machine.torch}, vLLM {machine.vllm}, Baton {machine.baton}; {run.date}"
-    )
     sections = [
         f"# Hand-off: first token of 1P1D beside plain vLLM, {run.recipe.shape.name}",
         f"```\n{run.command}\n```",
-        versions,
-        _bullets(setting_lines(run)),
+        versions(run.machine, run.date),
+        bullets(setting_lines(run)),
         markdown_table(rows),
-        _bullets([*memcpy_lines(run), *window_lines(rows), *part_lines(rows), *problem_lines(run)]),
+        bullets([*memcpy_lines(run), *window_lines(rows), *part_lines(rows), *problem_lines(run)]),
         "## What it means",
-        _bullets([*finding_lines(findings_of(rows)), *(f"note: {text}" for text in machine.warnings())]),
+        bullets([*finding_lines(findings_of(rows)), *(f"note: {text}" for text in machine.warnings())]),
         "## How it is measured",
         _HOW,
     ]
@@ -43,10 +39,8 @@ def markdown(run: Run) -> str:
 
 
 def file_name(run: Run, folder_or_file: Path) -> Path:
-    """In a folder the name is made; a file is taken as it is."""
-    if folder_or_file.is_dir():
-        return folder_or_file / f"handoff_{run.machine.hardware}_{run.date[:10]}.md"
-    return folder_or_file
+    """See results_path."""
+    return results_path("handoff", run.machine, run.date, folder_or_file)
 
 
 def problem_lines(run: Run) -> list[str]:
@@ -56,7 +50,3 @@ def problem_lines(run: Run) -> list[str]:
         for sample in run.samples
         if sample.problem
     ]
-
-
-def _bullets(lines: list[str]) -> str:
-    return "\n".join(f"* {line}" for line in lines)

@@ -11,29 +11,15 @@ from typing import Any, Unpack
 import httpx
 
 from client.answers import Context, Generation, Record
-from client.connection import DEFAULT_URL, Connection, Options, answer_of, headers_of, request_of, translated
+from client.connection import DEFAULT_URL, Connection, Options, StreamedAnswer, answer_of, request_of, translated
 from client.conversation import AsyncConversation
 from client.errors import BatonClientError
-from client.events import EventReader
 from client.operations import A, ContextFields, Messages, Operation, Prompt, T, TemplateFields
 from client.templates import Template
 
 
-class AsyncTextStream:
+class AsyncTextStream(StreamedAnswer):
     """As TextStream: the texts of one answer as they come, in an `async with`."""
-
-    def __init__(self, response: httpx.Response, url: str) -> None:
-        self._response = response
-        self._url = url
-        self._reader = EventReader(headers_of(response))
-        self._generation: Generation | None = None
-
-    @property
-    def generation(self) -> Generation:
-        """Everything that was said. Raises BatonClientError before the end."""
-        if self._generation is None:
-            raise BatonClientError("the stream has not been read to its end")
-        return self._generation
 
     async def __aiter__(self) -> AsyncIterator[str]:
         try:

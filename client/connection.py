@@ -8,7 +8,9 @@ from typing import TypedDict
 import httpx
 import msgspec
 
+from client.answers import Generation
 from client.errors import BatonClientError, Busy, NotReached, TimedOut
+from client.events import EventReader
 from client.operations import Answer, Defaults, Operation, T
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -91,3 +93,21 @@ def translated(error: httpx.HTTPError, url: str) -> BatonClientError:
 
 def _was_refused(error: BatonClientError) -> bool:
     return isinstance(error, NotReached) and isinstance(error.__cause__, httpx.ConnectError)
+
+
+class StreamedAnswer:
+    """What the streams of both clients have in common. `generation` is there when the texts have been read to the
+    end."""
+
+    def __init__(self, response: httpx.Response, url: str) -> None:
+        self._response = response
+        self._url = url
+        self._reader = EventReader(headers_of(response))
+        self._generation: Generation | None = None
+
+    @property
+    def generation(self) -> Generation:
+        """Everything that was said. Raises BatonClientError before the end."""
+        if self._generation is None:
+            raise BatonClientError("the stream has not been read to its end")
+        return self._generation

@@ -12,32 +12,18 @@ from typing import Any, Unpack
 import httpx
 
 from client.answers import Context, Generation, Record
-from client.connection import DEFAULT_URL, Connection, Options, answer_of, headers_of, request_of, translated
+from client.connection import DEFAULT_URL, Connection, Options, StreamedAnswer, answer_of, request_of, translated
 from client.conversation import Conversation
 from client.errors import BatonClientError
-from client.events import EventReader
 from client.operations import A, ContextFields, Messages, Operation, Prompt, T, TemplateFields
 from client.templates import Template
 
 
-class TextStream:
+class TextStream(StreamedAnswer):
     """The texts of one answer as they come. `generation` is there when they have been read to the end.
 
     Use it in a `with`: leaving it early ends the request.
     """
-
-    def __init__(self, response: httpx.Response, url: str) -> None:
-        self._response = response
-        self._url = url
-        self._reader = EventReader(headers_of(response))
-        self._generation: Generation | None = None
-
-    @property
-    def generation(self) -> Generation:
-        """Everything that was said. Raises BatonClientError before the end."""
-        if self._generation is None:
-            raise BatonClientError("the stream has not been read to its end")
-        return self._generation
 
     def __iter__(self) -> Iterator[str]:
         try:
