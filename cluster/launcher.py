@@ -10,18 +10,15 @@ With a plain start the instances hang on the launcher itself. Sockets, logs and 
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-import msgspec
-
 from cluster import plan
 from cluster.cache import CacheMember, socket_of
+from cluster.listing import Listing
 from cluster.members import InstanceMember, Member, get, plain_starter
 from cluster.options import ClusterOptions, Start
 from cluster.processes import start_child
@@ -58,6 +55,7 @@ class Cluster:
         self._address = plan.proxy_address(self._options)
         topology = Topology.parse(topology) if isinstance(topology, str) else topology
         self._specs = plan.instances(topology, self._options, self._address.local_url, self._build)
+        self._listing = Listing(self._address.local_url)
         self._start = plan.start_of(self._options, self._build)
         self._shared_zygote = zygote
         self._running = Running()
@@ -125,12 +123,12 @@ class Cluster:
             member.start()
         self.wait_ready()
         if self._options.restart:
-            running.supervisor = Supervisor(list(reversed(self.members)), self._note, self._silent)
+            running.supervisor = Supervisor(list(reversed(self.members)), self._note, self._listing.silent)
             running.supervisor.start()
 
     def wait_ready(self, timeout_s: float | None = None) -> None:
         """Until the proxy can use every instance. Raises BatonError at the time limit, or if one died unsupervised."""
-        self._wait(self._not_ready, timeout_s or self._options.start_timeout_s)
+        self._wait(lambda: self._listing.not_ready(self.instances), timeout_s or self._options.start_timeout_s)
 
     def restart(self, name: str) -> None:
         """Kills one instance with all its processes; returns when it is ready again."""
@@ -200,17 +198,6 @@ class Cluster:
         arguments = spec.serve_arguments(self._build.device)
         return InstanceMember(spec, log, lambda: zygote.fork(arguments, variables, log))
 
-    def _not_ready(self) -> str:
-        """The names of instances that the proxy cannot use yet, in their newest start."""
-        status, body = get(f"{self._address.local_url}/instances")
-        ready = _ready_groups(body) if status == 200 else {}
-        return ", ".join(member.name for member in self.instances if ready.get(member.name) != member.pid)
-
-    def _silent(self) -> set[str]:
-        """Names of instances that another one waits for in vain."""
-        status, body = get(f"{self._specs[0].join}/instances")
-        return silent_names(body) if status == 200 else set()
-
     def _wait(self, missing: Callable[[], str], timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         while text := missing():
@@ -236,20 +223,3 @@ def _tenant_key() -> Path:
             f"cannot make {folder}, where the tenant key lies: {error.strerror}; name another with XDG_CACHE_HOME"
         ) from error
     return folder / "tenant.key"
-
-
-def silent_names(body: bytes) -> set[str]:
-    """From the proxy's listing: who is named, by its boot id, in another's `silent_peers`."""
-    entries = msgspec.json.decode(body)["instances"]
-    silent = {boot_id for entry in entries for boot_id in entry["silent_peers"]}
-    return {entry["name"] for entry in entries if entry["boot_id"] in silent}
-
-
-def _ready_groups(body: bytes) -> dict[str, int]:
-    """The process group of every instance that the proxy calls ready, by name."""
-    ready = {}
-    for entry in msgspec.json.decode(body)["instances"]:
-        if entry["state"] == "ready":
-            with suppress(ProcessLookupError):
-                ready[entry["name"]] = os.getpgid(entry["pid"])
-    return ready
