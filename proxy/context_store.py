@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from core.clock import Clock
+from core.errors import Overloaded
 from proxy.context_journal import Journal
 from proxy.contexts import Context
 from proxy.errors import RequestRefused
@@ -40,13 +41,18 @@ class ContextStore:
 
     @asynccontextmanager
     async def alone(self, tenant: Tenant, name: str | None) -> AsyncIterator[None]:
-        """Only one at a time makes or changes a context of this name; nameless ones are always somebody else's."""
+        """Only one at a time makes or changes a context of this name; nameless ones are always somebody else's. Raises
+        Overloaded after as long as a request may wait in the proxy."""
         if name is None:
             yield
             return
         key = (tenant, name)
-        while (busy := self._busy.get(key)) is not None:
-            await busy.wait()
+        try:
+            async with asyncio.timeout(self._settings.queue_timeout_s):
+                while (busy := self._busy.get(key)) is not None:
+                    await busy.wait()
+        except TimeoutError as error:
+            raise Overloaded(f"another request is making a context named {name!r}; try again later") from error
         self._busy[key] = asyncio.Event()
         try:
             yield

@@ -51,9 +51,9 @@ class Place:
 
 
 @contextmanager
-def placed(folder: Path) -> Iterator[Place]:
-    """Everything started, and ready."""
-    with serving_here(folder, 1 << 20) as server, running(settings(server.socket)) as fleet:
+def placed(folder: Path, **more: Any) -> Iterator[Place]:
+    """Everything started, and ready. more: settings of the proxy."""
+    with serving_here(folder, 1 << 20) as server, running(settings(server.socket, **more)) as fleet:
         prefill = StoringEngine(Role.PREFILL, "prefill-0", socket=server.socket)
         decode = StoringEngine(Role.DECODE, "decode-0", socket=server.socket)
         with prefill, decode:

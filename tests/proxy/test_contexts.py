@@ -71,6 +71,18 @@ def test_it_is_answered_when_its_last_block_can_be_found(place: Place) -> None:
     assert answers[0].json()["blocks"] == len(A) // BLOCK
 
 
+def test_who_waits_too_long_for_another_of_the_same_name_is_told_to_come_again(tmp_path: Path) -> None:
+    with placed(tmp_path, queue_timeout_s=0.2) as place:
+        place.prefill.behaviour.hold = True
+        with place.fleet.in_background(lambda: place.post(text=A, name="alpha")) as answers:
+            until(lambda: place.prefill.generations(), "the first is being computed")
+            waited = place.post(text=A, name="alpha")
+            assert waited.status_code == 429
+            assert "retry-after" in waited.headers
+            place.prefill.behaviour.hold = False
+        assert answers[0].status_code == 201
+
+
 def test_both_legs_get_the_composed_prompt_and_nothing_of_ours(place: Place) -> None:
     ids = place.ids(A, B)
     before = len(place.prefill.generations())
