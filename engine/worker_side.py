@@ -16,9 +16,9 @@ from engine.steps import Handshake, StepOrders, StepResults
 from kvcache.orders import CacheResults
 from prefill.pusher import Pusher
 from transport.base import Memory, Transport
-from transport.choose import make_transport
 from transport.faultpoint import FaultPoint
 from transport.faulty import Faults, FaultyTransport
+from transport.schemes import make_transport
 
 SCHEMES = ("shm", "zmq")
 """Best first."""

@@ -20,6 +20,16 @@ from transport.transfer import SettledTransfer
 _transports: dict[bytes, InprocTransport] = {}
 
 
+def make(host: str) -> InprocTransport:
+    """See transport/schemes.py; the host does not matter."""
+    return InprocTransport()
+
+
+def unavailable() -> str:
+    """See transport/schemes.py."""
+    return ""
+
+
 def is_reachable(description: bytes) -> bool:
     """Whether a description names an open transport of this process."""
     return description in _transports

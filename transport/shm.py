@@ -29,7 +29,20 @@ from transport.shm_wire import (
     decode_description,
     encode_description,
     host_id,
+    is_reachable,
 )
+
+__all__ = ["ShmTransport", "is_reachable", "make", "unavailable"]
+
+
+def make(host: str) -> ShmTransport:
+    """See transport/schemes.py; the host does not matter."""
+    return ShmTransport()
+
+
+def unavailable() -> str:
+    """See transport/schemes.py."""
+    return "" if hasattr(os, "memfd_create") else "this system has no memfd_create: Linux only"
 
 
 class ShmTransport:

@@ -44,6 +44,21 @@ DEADLINE_CHECK_MS = 100
 _log = logging.getLogger(__name__)
 
 
+def make(host: str) -> ZmqTransport:
+    """See transport/schemes.py. Raises ConfigError if the host is not ours."""
+    return ZmqTransport(host)
+
+
+def unavailable() -> str:
+    """See transport/schemes.py: vLLM itself needs ZMQ."""
+    return ""
+
+
+def is_reachable(description: bytes) -> bool:
+    """See transport/schemes.py: only a try will tell."""
+    return True
+
+
 class ZmqTransport:
     """See transport/base.py. `host`: an address of this machine that peers can reach."""
 

@@ -22,8 +22,8 @@ from core.handoff import Peer
 from tests.poll import until
 from tests.transport.memory import Owned
 from transport.base import TransferState
-from transport.choose import make_transport
 from transport.control import Callbacks, ControlPlane, Identity
+from transport.schemes import make_transport
 
 NUM_BLOCKS = 16
 BLOCK_BYTES = 1 << 19

@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from core.errors import ConfigError, TransferError
-from transport.choose import choose, make_transport
+from transport.choose import choose
+from transport.schemes import make_transport
 from transport.shm_wire import decode_description, encode_description
 
 

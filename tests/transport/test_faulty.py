@@ -12,9 +12,9 @@ from core.errors import TransferError
 from tests.poll import until
 from tests.transport.memory import Owned
 from transport.base import Endpoint, Landing, TransferState
-from transport.choose import make_transport
 from transport.conformance import finish
 from transport.faulty import Faults, FaultyTransport, parse_faults
+from transport.schemes import make_transport
 
 SCHEMES = ["inproc", "shm", "zmq"]
 
