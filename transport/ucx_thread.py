@@ -3,7 +3,7 @@
     sockets, UCX's descriptor, the doorbell ──▶ epoll ──▶ UcxWorker.progress ──▶ frames to links and callers ──▶ turns
 
 ucxx's own thread mode costs eight times the latency of polling, and polling costs a core. Here the thread polls while
-something is under way and for SPIN_S after the last event, and then arms UCX's descriptor and waits for it.
+something happens, looks BUSY_TURNS times more while an answer is awaited, and then arms UCX's descriptor and sleeps.
 Memory model: links and callers belong to this thread; other threads hand over links.
 Threading: one thread from `start` to `close`; it never waits for a single peer.
 """
@@ -24,7 +24,10 @@ from transport.ucx_receiver import GREETING_TIMEOUT_S, UcxCaller, UcxReceiver
 from transport.ucx_socket import UcxDoor, UcxSocket
 from transport.ucx_worker import UcxWorker
 
-SPIN_S = 0.0005
+BUSY_TURNS = 200
+IDLE_TURNS = 10
+"""Looks without an event before the thread sleeps; a look takes a few microseconds."""
+
 DEADLINE_CHECK_S = 0.1
 TICK_S = 1.0
 """An idle thread looks around once a second: UCX itself checks its connections then."""
@@ -77,12 +80,13 @@ class UcxThread:
         return self._parts.receiver.malformed + sum(link.malformed for link in links)
 
     def _run(self) -> None:
-        quiet_since_s = 0.0
+        num_quiet = 0
         while self.is_open():
             try:
-                events = self._epoll.poll(0 if self._clock.monotonic_s() - quiet_since_s < SPIN_S else self._pause_s())
-                if self._turn({fd for fd, _ in events}):
-                    quiet_since_s = self._clock.monotonic_s()
+                may_sleep = num_quiet >= (BUSY_TURNS if self._parts.are_busy() else IDLE_TURNS)
+                events = self._epoll.poll(self._pause_s() if may_sleep else 0)
+                has_moved = self._turn({fd for fd, _ in events})
+                num_quiet = 0 if has_moved else num_quiet + 1
             except Exception:  # noqa: BLE001 - one bad message or link must not end the thread that serves all others
                 _log.exception("ucx transport: a turn failed")
         self._end()
@@ -95,7 +99,7 @@ class UcxThread:
         return DEADLINE_CHECK_S if self._parts.have_deadlines() else TICK_S
 
     def _turn(self, ready: set[int]) -> bool:
-        """One look at everything; whether it is worth another one at once."""
+        """One look at everything; whether anything happened."""
         now_s = self._clock.monotonic_s()
         if self._doorbell.fd in ready:
             self._doorbell.answer()
@@ -111,7 +115,7 @@ class UcxThread:
                 self._drop_link(id_, link)
         for id_, caller in list(self._parts.callers.items()):
             self._turn_caller(id_, caller, now_s, ready)
-        return has_moved or bool(ready) or self._parts.are_busy()
+        return has_moved or bool(ready)
 
     def _take_controls(self) -> bool:
         for count in range(BATCHES_PER_TURN):
