@@ -103,19 +103,19 @@ class UcxThread:
         now_s = self._clock.monotonic_s()
         if self._doorbell.fd in ready:
             self._doorbell.answer()
-        self._worker.progress()
+        has_moved = self._worker.progress()
         while self._parts.new_links:
             self._open(self._parts.new_links.popleft())
         if self._door.fileno() in ready:
             self._accept(now_s)
-        has_moved = self._take_controls()
+        has_moved = self._take_controls() or has_moved
         self._parts.receiver.unpark(now_s)
         for id_, link in list(self._parts.links.items()):
             if not link.turn(now_s, self._parts.sockets[id_].fileno() in ready):
                 self._drop_link(id_, link)
         for id_, caller in list(self._parts.callers.items()):
             self._turn_caller(id_, caller, now_s, ready)
-        return has_moved or bool(ready)
+        return has_moved or bool(ready - {self._worker.fd})  # that one stays ready until it is armed
 
     def _take_controls(self) -> bool:
         for count in range(BATCHES_PER_TURN):

@@ -34,6 +34,7 @@ from transport.ucx_wire import (
 )
 
 MAX_SENDS = 1024
+PROGRESS_LIMIT = 16
 SWEEP_LIMIT = 64
 MAX_LEFT_BEHIND = 1 << 16
 
@@ -62,9 +63,14 @@ class UcxWorker:
         self._sink = array(bytearray(MAX_MESSAGE_BYTES))
         self._running_control: tuple[Any, int, int] | None = None
 
-    def progress(self) -> None:
-        """Lets UCX do what can be done now."""
-        self._worker.progress()
+    def progress(self) -> bool:
+        """Lets UCX do what can be done now; whether that was anything."""
+        has_moved = False
+        for _ in range(PROGRESS_LIMIT):
+            if not self._worker.progress_once():
+                break
+            has_moved = True
+        return has_moved
 
     def arm(self) -> bool:
         """Whether `fd` will tell of the next event; False if there is one already."""
