@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from core.errors import BatonError
+from core.errors import BatonError, ProtocolError
 from transport.frames import Ack, Answer, Nack, Piece
 from transport.pieces import PiecewiseTransfer, gather, lie_together, payload_bytes, scatter
 from transport.ucx_socket import UcxSocket
@@ -24,11 +24,12 @@ from transport.ucx_wire import (
     MAX_FRAMES_IN_FLIGHT,
     NUMBER_MASK,
     WINDOW_BYTES,
-    Hello,
     Refusal,
     UcxDescription,
     Welcome,
     decode_to_sender,
+    hello,
+    is_proven,
 )
 from transport.ucx_worker import UcxPeer, UcxWorker, array, failure_of, place
 
@@ -78,7 +79,7 @@ class UcxLink:
     def open(self, worker: UcxWorker, id_: int) -> UcxSocket:
         """Begins to connect. Raises TransferError if that is impossible."""
         self._line = _Line(worker, UcxSocket.connect(self._description.address), id_)
-        self._line.socket.say(Hello(self._description.token, worker.address, id_))
+        self._line.socket.say(hello(self._description.token, worker.address, id_))
         return self._line.socket
 
     def is_busy(self) -> bool:
@@ -145,6 +146,8 @@ class UcxLink:
         try:
             greeting = line.socket.turn() if is_ready else None
             if isinstance(greeting, Welcome):
+                if not is_proven(greeting, self._description.token):
+                    raise ProtocolError("it does not know the token of the description")
                 line.peer = UcxPeer(line.worker, greeting.address, greeting.id)
             elif greeting is not None:
                 why = greeting.why if isinstance(greeting, Refusal) else "it says hello like a sender"

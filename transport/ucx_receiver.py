@@ -12,7 +12,6 @@ Threading: the I/O thread alone; the inbox is shared with the engine's thread un
 from __future__ import annotations
 
 import collections
-import hmac
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -31,6 +30,8 @@ from transport.ucx_wire import (
     Refusal,
     Welcome,
     decode_to_receiver,
+    is_proven,
+    welcome,
 )
 from transport.ucx_worker import UcxPeer, UcxWorker, array, failure_of, place
 
@@ -75,7 +76,7 @@ class UcxReceiver:
 
     def __init__(self, worker: UcxWorker, token: str, regions: Mapping[int, Region], inbox: Inbox) -> None:
         self.worker = worker
-        self.token = token.encode()
+        self.token = token
         self.regions = regions
         self.inbox = inbox
         self.parking: Parking[_Parked] = Parking()
@@ -170,10 +171,10 @@ class UcxCaller:
         receiver = self._receiver
         if not isinstance(greeting, Hello):
             raise ProtocolError("a caller says hello first")
-        if not hmac.compare_digest(greeting.token.encode(), receiver.token):
+        if not is_proven(greeting, receiver.token):
             raise ProtocolError("the token is not that of this transport: its description is of an earlier boot")
         self._peer = UcxPeer(receiver.worker, greeting.address, greeting.id)
-        self.socket.say(Welcome(receiver.worker.address, self._id))
+        self.socket.say(welcome(receiver.token, receiver.worker.address, self._id))
         self.socket.turn()
 
     def _take(self, peer: UcxPeer, frame: Data | Notice, may_park: bool, now_s: float) -> bool:

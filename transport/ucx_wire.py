@@ -1,8 +1,8 @@
 """What the ucx transport says: a handshake over a TCP connection of its own, then frames as UCX messages.
 
     sender                                             receiver, listens on the host's address alone
-      ── TCP: Hello(token, UCX address, id) ──▶            checks version, then token; only then UCX hears of the peer
-      ◀── TCP: Welcome(UCX address, id) or Refusal(why) ──
+      ── TCP: Hello(proof, UCX address, id) ──▶            checks version, then proof; only then UCX hears of the peer
+      ◀── TCP: Welcome(proof, UCX address, id) or Refusal(why) ──
       ── UCX control: [Data, Notice, Ask, ...] ──▶         ── UCX payload of a Data, under its number ──▶
       ◀── UCX control: [Ack, Nack, Answer, ...] ──         ◀── UCX payload of an Answer, under its number ──
 
@@ -17,6 +17,7 @@ Memory and threading: pure functions and facts.
 
 from __future__ import annotations
 
+import hmac
 import struct
 from typing import Annotated
 
@@ -48,6 +49,7 @@ EVERY_BIT = (1 << 64) - 1
 _MAGIC = b"BatonUCX"
 _HEAD = struct.Struct(">8sHI")
 _Token = Annotated[str, msgspec.Meta(max_length=64)]
+_Proof = Annotated[bytes, msgspec.Meta(max_length=64)]
 _UcxAddress = Annotated[bytes, msgspec.Meta(min_length=1, max_length=16 << 10)]
 _Id = Annotated[int, msgspec.Meta(ge=1, lt=1 << 32)]
 
@@ -56,9 +58,10 @@ ToSender = Ack | Nack | Answer
 
 
 class Hello(Frame, frozen=True):
-    """The first words of a sender. id: the number under which it wants to be written to."""
+    """The first words of a sender. id: the number under which it wants to be written to. proof: see
+    `is_proven`."""
 
-    token: _Token
+    proof: _Proof
     address: _UcxAddress
     id: _Id
 
@@ -66,6 +69,7 @@ class Hello(Frame, frozen=True):
 class Welcome(Frame, frozen=True):
     """Go ahead."""
 
+    proof: _Proof
     address: _UcxAddress
     id: _Id
 
@@ -127,6 +131,27 @@ def decode_to_sender(message: memoryview) -> list[ToSender] | None:
         return _TO_SENDER.decode(message)
     except _BAD_INPUT:
         return None
+
+
+def hello(token: str, address: bytes, id_: int) -> Hello:
+    """A sender's first words."""
+    return Hello(_proof(token, b"hello", address, id_), address, id_)
+
+
+def welcome(token: str, address: bytes, id_: int) -> Welcome:
+    """A receiver's answer."""
+    return Welcome(_proof(token, b"welcome", address, id_), address, id_)
+
+
+def is_proven(greeting: Hello | Welcome, token: str) -> bool:
+    """Whether its author knows the token. UCX aborts the process over a malformed address, so it hears of none that
+    comes from anybody else."""
+    word = b"hello" if isinstance(greeting, Hello) else b"welcome"
+    return hmac.compare_digest(greeting.proof, _proof(token, word, greeting.address, greeting.id))
+
+
+def _proof(token: str, word: bytes, address: bytes, id_: int) -> bytes:
+    return hmac.digest(token.encode(), b"%s %d %s" % (word, id_, address), "sha256")
 
 
 def encode_greeting(greeting: Hello | Welcome | Refusal, version: int = PROTOCOL_VERSION) -> bytes:

@@ -25,7 +25,7 @@ from transport.base import TransferState
 from transport.conformance import check_transport, finish
 from transport.faulty import Faults, FaultyTransport
 from transport.ucx import UcxTransport
-from transport.ucx_wire import Hello, decode_description, encode, encode_greeting
+from transport.ucx_wire import decode_description, encode, encode_greeting, hello
 
 pytestmark = pytest.mark.skipif(bool(schemes.unavailable("ucx")), reason=schemes.unavailable("ucx"))
 
@@ -241,7 +241,7 @@ def test_another_version_is_refused_with_both_values() -> None:
     host, port = known.address.removeprefix("tcp://").split(":")
     with socket.create_connection((host, int(port)), 5.0) as stranger:
         stranger.settimeout(5.0)
-        stranger.sendall(encode_greeting(Hello(known.token, b"address", 1), version=9))
+        stranger.sendall(encode_greeting(hello(known.token, b"address", 1), version=9))
         answer = b"".join(iter(lambda: stranger.recv(4096), b""))
     assert b"version 9 of the ucx protocol, this side version 1" in answer
     with pytest.raises(TransferError, match="'zmq' is not one of ucx"):

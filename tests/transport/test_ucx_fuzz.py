@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,6 @@ from transport.ucx import UcxTransport
 from transport.ucx_library import Lease
 from transport.ucx_socket import UcxSocket
 from transport.ucx_wire import (
-    Hello,
     UcxDescription,
     Welcome,
     batch,
@@ -29,7 +29,9 @@ from transport.ucx_wire import (
     decode_description,
     encode,
     encode_greeting,
+    hello,
     payload_tag,
+    welcome,
 )
 from transport.ucx_worker import UcxPeer, UcxWorker, array
 
@@ -74,7 +76,7 @@ class Stranger:
     def __init__(self, attacked: Attacked) -> None:
         self._worker = attacked.worker
         self._socket = UcxSocket.connect(attacked.description.address)
-        self._socket.say(Hello(attacked.description.token, attacked.worker.address, 7))
+        self._socket.say(hello(attacked.description.token, attacked.worker.address, 7))
         welcome = until(self._socket.turn, 5.0, "the receiver says welcome")
         assert isinstance(welcome, Welcome)
         self._id = welcome.id
@@ -116,7 +118,7 @@ def attacked() -> Iterator[Attacked]:
 def test_random_bytes_at_the_door_are_hung_up_on(attacked: Attacked, garbage: bytes, is_framed: bool) -> None:
     _, _, port = attacked.description.address.rpartition(":")
     with socket.create_connection(("127.0.0.1", int(port)), 5.0) as stranger:
-        greeting = encode_greeting(Hello("guess", b"address", 1))
+        greeting = encode_greeting(hello("guess", b"address", 1))
         stranger.sendall((greeting[:14] if is_framed else b"") + garbage)
 
 
@@ -125,9 +127,23 @@ def test_a_guessed_token_never_reaches_ucx(attacked: Attacked) -> None:
     _, _, port = attacked.description.address.rpartition(":")
     with socket.create_connection(("127.0.0.1", int(port)), 5.0) as stranger:
         stranger.settimeout(5.0)
-        stranger.sendall(encode_greeting(Hello("guess", b"\x00" * 100, 1)))
+        stranger.sendall(encode_greeting(hello("guess", b"\x00" * 100, 1)))
         assert b"token" in b"".join(iter(lambda: stranger.recv(4096), b""))
     assert attacked.malformed() > before
+
+
+def test_a_listener_that_does_not_know_the_token_is_not_believed(attacked: Attacked) -> None:
+    """Its UCX address is garbage: UCX itself would abort the process over it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+        liar = msgspec.structs.replace(attacked.description, address=address)
+        endpoint = attacked.receiver.transport.connect(encode(liar))
+        connection, _ = listener.accept()
+        connection.sendall(encode_greeting(welcome("guess", os.urandom(100), 1)))
+        until(endpoint.failure, 5.0, "the endpoint fails")
+        assert "does not know the token" in endpoint.failure()
+        connection.close()
+    endpoint.close()
 
 
 def test_random_bytes_at_ucx_own_port_harm_nobody(attacked: Attacked) -> None:
