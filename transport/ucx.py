@@ -81,6 +81,8 @@ class UcxTransport:
         if region.id in self._regions:
             raise TransferError(f"region {region.id} is registered already")
         self._regions[region.id] = region
+        if region.device is not None:
+            self._io.use_device(region.device)
 
     def describe(self) -> bytes:
         regions = list(self._regions.values())

@@ -66,6 +66,11 @@ def load_arrays() -> Any:
     return import_module("ucxx._lib.arr")
 
 
+def make_current(device: int) -> None:
+    """The GPU's context becomes the calling thread's own."""
+    import_module("ucxx._cuda_context").ensure_cuda_context(device)
+
+
 class Lease:
     """A context of the library, for one transport. Raises ConfigError if the host is not ours."""
 

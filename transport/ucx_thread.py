@@ -19,6 +19,7 @@ import threading
 from core.clock import Clock
 from core.errors import BatonError, TransferError
 from transport.doorbell import Doorbell
+from transport.ucx_library import make_current
 from transport.ucx_link import UcxLink
 from transport.ucx_receiver import GREETING_TIMEOUT_S, UcxCaller, UcxReceiver
 from transport.ucx_socket import UcxDoor, UcxSocket
@@ -67,6 +68,11 @@ class UcxThread:
         self._parts.new_links.append(link)
         self._doorbell.ring()
 
+    def use_device(self, device: int) -> None:
+        """UCX moves a GPU's memory only where the GPU's context is the thread's own."""
+        self._parts.new_devices.append(device)
+        self._doorbell.ring()
+
     def close(self) -> None:
         """Ends every connection, then the thread."""
         if self.is_open():
@@ -103,6 +109,8 @@ class UcxThread:
         now_s = self._clock.monotonic_s()
         if self._doorbell.fd in ready:
             self._doorbell.answer()
+        while self._parts.new_devices:
+            make_current(self._parts.new_devices.popleft())
         has_moved = self._worker.progress()
         while self._parts.new_links:
             self._open(self._parts.new_links.popleft())
@@ -195,6 +203,7 @@ class _Parts:
         self.callers: dict[int, UcxCaller] = {}
         self.sockets: dict[int, UcxSocket] = {}
         self.new_links: collections.deque[UcxLink] = collections.deque()
+        self.new_devices: collections.deque[int] = collections.deque()
 
     def ids(self) -> dict[int, UcxSocket]:
         """Every id in use."""
