@@ -181,6 +181,7 @@ class UcxThread:
     def _drop_caller(self, id_: int, caller: UcxCaller, why: str) -> None:
         del self._parts.callers[id_]
         del self._parts.sockets[id_]
+        _log.info("ucx transport: hangs up on a peer: %s", why)
         caller.refuse(why)
         caller.close()
 

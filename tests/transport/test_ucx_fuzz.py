@@ -12,28 +12,24 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from core.errors import BatonError
 from tests.poll import until
 from tests.transport.memory import Owned
+from tests.transport.ucx_stranger import Stranger
 from transport import schemes
 from transport.conformance import finish
 from transport.frames import Ask, Data, Notice
 from transport.ucx import UcxTransport
 from transport.ucx_library import Lease
-from transport.ucx_socket import UcxSocket
 from transport.ucx_wire import (
     UcxDescription,
-    Welcome,
     batch,
-    control_tag,
     decode_description,
     encode,
     encode_greeting,
     hello,
-    payload_tag,
     welcome,
 )
-from transport.ucx_worker import UcxPeer, UcxWorker, array
+from transport.ucx_worker import UcxWorker
 
 pytestmark = pytest.mark.skipif(bool(schemes.unavailable("ucx")), reason=schemes.unavailable("ucx"))
 FUZZ = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -68,41 +64,6 @@ class Attacked:
     def close(self) -> None:
         self.receiver.transport.close()
         self._lease.give_back()
-
-
-class Stranger:
-    """A connection of somebody who knows the token and keeps to no rule."""
-
-    def __init__(self, attacked: Attacked) -> None:
-        self._worker = attacked.worker
-        self._socket = UcxSocket.connect(attacked.description.address)
-        self._socket.say(hello(attacked.description.token, attacked.worker.address, 7))
-        welcome = until(self._socket.turn, 5.0, "the receiver says welcome")
-        assert isinstance(welcome, Welcome)
-        self._id = welcome.id
-        self._peer = UcxPeer(attacked.worker, welcome.address, welcome.id)
-
-    def control(self, message: bytes) -> None:
-        self._peer._send(array(bytearray(message)), control_tag(self._id), message)
-
-    def payload(self, number: int, num_bytes: int) -> None:
-        content = bytearray(b"\x07" * num_bytes)
-        self._peer._send(array(content), payload_tag(self._id, number), content)
-
-    def is_hung_up_on(self) -> bool:
-        self._worker.progress()
-        try:
-            self._socket.turn()
-        except BatonError:
-            return True
-        return False
-
-    def close(self) -> None:
-        until(
-            lambda: self._worker.progress() or self._peer.failure() or not self._peer.is_sending(), 5.0, "all is sent"
-        )
-        self._socket.close()
-        self._peer.close()
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +137,7 @@ FRAMES = st.one_of(
 def test_mutated_frames_of_a_known_peer_write_nothing_unexpected(
     attacked: Attacked, frame: Data | Notice | Ask, num_bytes: int, at: int, flip: int
 ) -> None:
-    stranger = Stranger(attacked)
+    stranger = Stranger(attacked.worker, attacked.description)
     message = bytearray(batch([encode(frame)]))
     message[at % len(message)] ^= flip
     stranger.control(bytes(message))
@@ -186,25 +147,28 @@ def test_mutated_frames_of_a_known_peer_write_nothing_unexpected(
 
 @pytest.mark.parametrize("message", [b"\x91" * 100_000, b"\xdc\xff\xff", b"\xdc\x00\x00", b"x" * 140_000])
 def test_a_message_that_is_no_batch_ends_its_connection_alone(attacked: Attacked, message: bytes) -> None:
-    stranger = Stranger(attacked)
+    stranger = Stranger(attacked.worker, attacked.description)
     stranger.control(message)
     until(stranger.is_hung_up_on, 5.0, "the receiver hangs up")
     stranger.close()
     attacked.check_serves()
 
 
-def test_a_payload_of_another_size_is_refused(attacked: Attacked) -> None:
-    before = attacked.malformed()
-    stranger = Stranger(attacked)
-    stranger.control(batch([encode(Data(0, "t", 0, [1], 0, 4096))]))
-    stranger.payload(0, 8192)
-    until(lambda: stranger.is_hung_up_on() or attacked.malformed() > before, 5.0, "it is counted")
+@pytest.mark.parametrize("num_bytes", [2048, 8192])
+def test_a_payload_of_another_size_is_refused(attacked: Attacked, num_bytes: int) -> None:
+    before, landing = attacked.malformed(), attacked.receiver.expect("sizes", [1])
+    stranger = Stranger(attacked.worker, attacked.description)
+    stranger.frames(Data(0, "sizes", 0, [1], 0, 4096))
+    stranger.payload(0, num_bytes)
+    until(lambda: stranger.is_hung_up_on() or attacked.malformed() > before, 5.0, "it is refused")
+    assert landing.num_written() == 0
+    landing.close()
     stranger.close()
     attacked.check_serves()
 
 
 def test_a_flood_of_frames_without_payloads_ends_its_connection(attacked: Attacked) -> None:
-    stranger = Stranger(attacked)
+    stranger = Stranger(attacked.worker, attacked.description)
     frames = [encode(Data(number, "t", 0, [1], 0, 4096)) for number in range(1000)]
     for first in range(0, 1000, 250):
         stranger.control(batch(frames[first : first + 250]))
