@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from core.errors import ConfigError, ProtocolError, TransferError
 from transport.ucx_library import numeric_address
-from transport.ucx_wire import MAX_GREETING_BYTES, Hello, Refusal, Welcome, decode_greeting, encode_greeting
+from transport.ucx_wire import Hello, Refusal, Welcome, decode_greeting, encode_greeting
 
 BACKLOG = 128
 RECEIVE_BYTES = 4096
@@ -82,22 +82,30 @@ class UcxSocket:
         except OSError as error:
             if error.errno != errno.ENOTCONN:  # still connecting
                 raise TransferError(error.strerror or str(error)) from error
+        while True:
+            arrived = self._receive()
+            if arrived is None:
+                return None
+            if not arrived:
+                raise TransferError("it hung up")
+            self._arrived += arrived
+            if self._is_greeted:
+                raise ProtocolError("it talks after its greeting")
+            greeting = decode_greeting(self._arrived)
+            if greeting is not None:
+                self._is_greeted = True
+                return greeting
+
+    def _receive(self) -> bytes | None:
+        """None if nothing is there now. Raises TransferError if nothing will come any more."""
         try:
-            arrived = self._connection.recv(RECEIVE_BYTES)
+            return self._connection.recv(RECEIVE_BYTES)
         except (BlockingIOError, InterruptedError):
             return None
         except OSError as error:
             if error.errno == errno.ENOTCONN:
                 return None
             raise TransferError(error.strerror or str(error)) from error
-        if not arrived:
-            raise TransferError("it hung up")
-        self._arrived += arrived
-        if self._is_greeted or len(self._arrived) > 2 * MAX_GREETING_BYTES:
-            raise ProtocolError("it talks after its greeting")
-        greeting = decode_greeting(self._arrived)
-        self._is_greeted = greeting is not None
-        return greeting
 
     def close(self) -> None:
         """What can still be sent is."""

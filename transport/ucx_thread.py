@@ -89,13 +89,19 @@ class UcxThread:
         num_quiet = 0
         while self.is_open():
             try:
-                may_sleep = num_quiet >= (BUSY_TURNS if self._parts.are_busy() else IDLE_TURNS)
-                events = self._epoll.poll(self._pause_s() if may_sleep else 0)
-                has_moved = self._turn({fd for fd, _ in events})
+                may_sleep = num_quiet >= IDLE_TURNS and (num_quiet >= BUSY_TURNS or not self._parts.are_busy())
+                ready = {fd for fd, _ in self._epoll.poll(self._pause_s() if may_sleep else 0)}
+                ready.discard(self._worker.fd)  # stays ready until it is armed
+                has_moved = self._worker.progress() or bool(ready)
+                if has_moved or may_sleep:
+                    self._turn(ready)
                 num_quiet = 0 if has_moved else num_quiet + 1
-            except Exception:  # noqa: BLE001 - one bad message or link must not end the thread that serves all others
-                _log.exception("ucx transport: a turn failed")
-        self._end()
+            except Exception:  # noqa: BLE001 - a fault of ours must not leave transfers running for ever
+                _log.exception("ucx transport: a turn failed; every connection is ended")
+                self._end_all("the ucx transport has failed, see its log")
+        self._end_all("the transport is closed")
+        self._epoll.close()
+        self._door.close()
 
     def _pause_s(self) -> float:
         """How long nothing needs to be looked at, unless a descriptor says so."""
@@ -104,32 +110,30 @@ class UcxThread:
             return 0
         return DEADLINE_CHECK_S if self._parts.have_deadlines() else TICK_S
 
-    def _turn(self, ready: set[int]) -> bool:
-        """One look at everything; whether anything happened."""
+    def _turn(self, ready: set[int]) -> None:
+        """One look at everything."""
         now_s = self._clock.monotonic_s()
         if self._doorbell.fd in ready:
             self._doorbell.answer()
         while self._parts.new_devices:
             make_current(self._parts.new_devices.popleft())
-        has_moved = self._worker.progress()
         while self._parts.new_links:
             self._open(self._parts.new_links.popleft())
         if self._door.fileno() in ready:
             self._accept(now_s)
-        has_moved = self._take_controls() or has_moved
+        self._take_controls()
         self._parts.receiver.unpark(now_s)
         for id_, link in list(self._parts.links.items()):
             if not link.turn(now_s, self._parts.sockets[id_].fileno() in ready):
                 self._drop_link(id_, link)
         for id_, caller in list(self._parts.callers.items()):
             self._turn_caller(id_, caller, now_s, ready)
-        return has_moved or bool(ready - {self._worker.fd})  # that one stays ready until it is armed
 
-    def _take_controls(self) -> bool:
-        for count in range(BATCHES_PER_TURN):
+    def _take_controls(self) -> None:
+        for _ in range(BATCHES_PER_TURN):
             control = self._worker.next_control()
             if control is None:
-                return count > 0
+                return
             link, caller = self._parts.links.get(control.id), self._parts.callers.get(control.id)
             if link is not None:
                 link.take_control(control.message)
@@ -139,7 +143,6 @@ class UcxThread:
                 except BatonError as error:
                     self._parts.receiver.malformed += 1
                     self._drop_caller(control.id, caller, str(error))
-        return True
 
     def _open(self, link: UcxLink) -> None:
         id_ = self._parts.new_id()
@@ -185,14 +188,16 @@ class UcxThread:
         caller.refuse(why)
         caller.close()
 
-    def _end(self) -> None:
-        for link in [*self._parts.links.values(), *self._parts.new_links]:
-            link.fail("the transport is closed")
+    def _end_all(self, why: str) -> None:
+        for link in self._parts.new_links:
+            link.fail(why)
             link.shut()
+        self._parts.new_links.clear()
+        for id_, link in list(self._parts.links.items()):
+            link.fail(why)
+            self._drop_link(id_, link)
         for id_, caller in list(self._parts.callers.items()):
-            self._drop_caller(id_, caller, "the transport is closed")
-        self._epoll.close()
-        self._door.close()
+            self._drop_caller(id_, caller, why)
 
 
 class _Parts:

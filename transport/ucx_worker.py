@@ -146,6 +146,7 @@ class UcxPeer:
         self._sends: collections.deque[tuple[Any, object]] = collections.deque()
         self._frames: list[bytes] = []
         self._num_bytes = 0
+        self._why_failed = ""
 
     def say(self, frame: ToReceiver | ToSender) -> None:
         """Adds a frame to the next batch."""
@@ -170,9 +171,9 @@ class UcxPeer:
     def failure(self) -> str:
         """Why nothing can be sent any more; empty while it works. Forgets what has left."""
         while self._sends and self._sends[0][0].completed:
-            why = failure_of(self._sends.popleft()[0])
-            if why:
-                return why
+            self._why_failed = self._why_failed or failure_of(self._sends.popleft()[0])
+        if self._why_failed:
+            return self._why_failed
         if len(self._sends) > MAX_SENDS:
             return "it takes nothing that it asked for"
         return "" if self._endpoint.alive else "UCX has lost it"
@@ -187,7 +188,10 @@ class UcxPeer:
         self._sends.clear()
 
     def _send(self, what: Any, tag: int, keep: object) -> None:
-        self._sends.append((self._endpoint.tag_send(what, self._library.UCXXTag(tag)), keep))
+        try:
+            self._sends.append((self._endpoint.tag_send(what, self._library.UCXXTag(tag)), keep))
+        except Exception as error:  # noqa: BLE001 - ucxx raises a class of its own per status
+            self._why_failed = self._why_failed or str(error) or type(error).__name__
 
 
 def array(memory: bytearray | memoryview) -> Any:
