@@ -3,7 +3,8 @@
     computation's stream ── event ──▶ side stream: wait, kernel, kernel, event ──▶ asked by Moment.has_passed
 
 Memory model: events are used again once nobody asks for them. The device is the one whose memory is checked first,
-when the engine registers its KV cache; before that nothing is taken from the GPU.
+when the engine registers its KV cache; before that nothing is taken from the GPU. Its context is let go of once the
+device is closed and the last lane and foreign memory are, which may end later, on an endpoint's thread.
 Threading: see transport/cuda_ipc_device.py; nothing here synchronises.
 """
 
@@ -14,7 +15,7 @@ import ctypes
 import importlib.metadata
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from core.errors import TransferError
 from transport.cuda_ipc_context import CudaContext
@@ -97,8 +98,7 @@ class CudaLane:
     ) -> CudaMoment:
         assert isinstance(after, CudaMoment)
         driver, stream = self._device.driver, self._stream
-        done = self._device.event()
-        with self._context:
+        with self._device.recording() as done, self._context:
             driver.call("cuStreamWaitEvent", stream, after.event, 0)
             for launch in fill(self._batch, source, source_ids, target, target_ids):
                 kernel = self._context.kernels[launch.unit]
@@ -116,6 +116,7 @@ class CudaLane:
                     break
                 threading.Event().wait(0.001)
             self._device.driver.call("cuStreamDestroy_v2", self._stream)
+        self._device.end_use()
 
 
 class CudaDevice:
@@ -128,6 +129,8 @@ class CudaDevice:
         self._context: CudaContext | None = None
         self._spare: list[ctypes.c_void_p] = []
         self._lock = threading.Lock()
+        self._num_uses = 0
+        self._is_closed = False
 
     def allocate(self, num_bytes: int) -> None:
         """The engine allocates by itself."""
@@ -138,12 +141,11 @@ class CudaDevice:
             raise TransferError(f"the memory at {address:#x} is not a GPU's: use shm or zmq for a KV cache on the host")
         ordinal = self._attribute(DEVICE_ORDINAL, address)
         with self._lock:
-            if self._context is None:
+            if self._context is None and not self._is_closed:
                 self._context = CudaContext(self.driver, ordinal)
-        if self._context.ordinal != ordinal:
-            raise TransferError(
-                f"memory of GPU {ordinal}, where GPU {self._context.ordinal} was registered: one GPU per process"
-            )
+        bound = self._bound().ordinal
+        if bound != ordinal:
+            raise TransferError(f"memory of GPU {ordinal}, where GPU {bound} was registered: one GPU per process")
 
     def export(self, address: int) -> Exported:
         with self._bound() as context:
@@ -161,20 +163,27 @@ class CudaDevice:
     def open(self, exported: Exported) -> int:
         if len(exported.handle) != HANDLE_BYTES:
             raise TransferError(f"a CUDA IPC handle has {HANDLE_BYTES} bytes, not {len(exported.handle)}")
-        with self._bound() as context:
-            context.check_peer(exported.device)
-            address, handle = ctypes.c_uint64(), IpcHandle.from_buffer_copy(exported.handle)
-            self.driver.call("cuIpcOpenMemHandle_v2", ctypes.byref(address), handle, _LAZY_PEER_ACCESS)
-            return address.value
+        address, handle = ctypes.c_uint64(), IpcHandle.from_buffer_copy(exported.handle)
+        context = self._begin_use()
+        try:
+            with context:
+                context.check_peer(exported.device)
+                self.driver.call("cuIpcOpenMemHandle_v2", ctypes.byref(address), handle, _LAZY_PEER_ACCESS)
+        except TransferError:
+            self.end_use()
+            raise
+        return address.value
 
     def shut(self, address: int) -> None:
         """A device that has failed unmaps nothing more, and runs nothing either."""
-        with contextlib.suppress(TransferError), self._bound():
+        context = self._context
+        assert context is not None, "shut what was opened"
+        with contextlib.suppress(TransferError), context:
             self.driver.call("cuIpcCloseMemHandle", address)
+        self.end_use()
 
     def mark(self) -> CudaMoment:
-        event = self.event()
-        with self._bound() as context:
+        with self.recording() as event, self._bound() as context:
             if self._compute_stream is not None:
                 self.driver.call("cuEventRecord", event, self._compute_stream())
             elif self.driver.has("cuCtxRecordEvent"):
@@ -184,21 +193,57 @@ class CudaDevice:
         return CudaMoment(self, event)
 
     def lane(self) -> CudaLane:
-        return CudaLane(self, self._bound())
+        context = self._begin_use()
+        try:
+            return CudaLane(self, context)
+        except TransferError:
+            self.end_use()
+            raise
 
     def close(self) -> None:
         with self._lock:
+            self._is_closed = True
+        self._release()
+
+    def end_use(self) -> None:
+        """A lane or foreign memory is closed."""
+        with self._lock:
+            self._num_uses -= 1
+        self._release()
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[ctypes.c_void_p]:
+        """An event that nobody uses, to be recorded; given back where that fails."""
+        event = self._event()
+        try:
+            yield event
+        except TransferError:
+            self.give_back(event)
+            raise
+
+    def give_back(self, event: ctypes.c_void_p) -> None:
+        """It may be recorded again. What waits for its former moment goes on doing so: a wait is for the record that
+        was the last when it was queued."""
+        self._spare.append(event)
+
+    def _begin_use(self) -> CudaContext:
+        with self._lock:
+            context = self._bound()
+            self._num_uses += 1
+        return context
+
+    def _release(self) -> None:
+        with self._lock:
+            if not self._is_closed or self._num_uses or self._context is None:
+                return
             context, self._context = self._context, None
-        if context is None:
-            return
         with contextlib.suppress(TransferError), context:
             for event in self._spare:
                 self.driver.call("cuEventDestroy_v2", event)
         self._spare.clear()
         context.close()
 
-    def event(self) -> ctypes.c_void_p:
-        """One that nobody uses."""
+    def _event(self) -> ctypes.c_void_p:
         with contextlib.suppress(IndexError):
             return self._spare.pop()
         event = ctypes.c_void_p()
@@ -206,15 +251,13 @@ class CudaDevice:
             self.driver.call("cuEventCreate", ctypes.byref(event), _NO_TIMING)
         return event
 
-    def give_back(self, event: ctypes.c_void_p) -> None:
-        """It may be recorded again. What waits for its former moment goes on doing so: a wait is for the record that
-        was the last when it was queued."""
-        self._spare.append(event)
-
     def _bound(self) -> CudaContext:
-        if self._context is None:
+        context = self._context
+        if self._is_closed:
+            raise TransferError("the transport is closed")
+        if context is None:
             raise TransferError("no region of GPU memory is registered: register the KV cache first")
-        return self._context
+        return context
 
     def _attribute(self, attribute: int, address: int) -> int:
         value = ctypes.c_uint(0)

@@ -420,6 +420,11 @@ void software_hold(void *handle, int is_held) {
     stream->is_held = is_held != 0;
     stream->stir.notify_all();
 }
+void software_end(void *handle) {
+    contexts.push_back(nullptr);
+    cuStreamDestroy_v2(static_cast<CUstream>(handle));
+    contexts.pop_back();
+}
 void software_peer_access(int can_access) { can_access_peer = can_access; }
 void software_fail(int code) { failure = code; }
 // What is left: 0 launches so far, 1 streams, 2 events, 3 opened memories, 4 retained contexts, 5 contexts of this thread.

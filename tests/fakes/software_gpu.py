@@ -37,6 +37,7 @@ class SoftwareGpu(CudaDevice):
         self.library.software_allocate.argtypes = [ctypes.c_size_t, ctypes.c_int, ctypes.c_int]
         self.library.software_free.argtypes = [ctypes.c_uint64]
         self.library.software_compute_stream.restype = ctypes.c_void_p
+        self.library.software_end.argtypes = [ctypes.c_void_p]
         self.library.software_hold.argtypes = [ctypes.c_void_p, ctypes.c_int]
 
     def allocate(self, num_bytes: int, *, is_ipc_capable: bool = True, gpu: int = 0) -> Allocation:  # type: ignore[override]
