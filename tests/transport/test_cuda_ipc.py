@@ -26,9 +26,9 @@ from core.errors import ConfigError, TransferError
 from tests.poll import until
 from tests.transport.memory import Owned
 from tests.transport.peer_process import NUM_BLOCKS, ROOT, PeerProcess
-from transport import cuda_ipc
+from transport import cuda_ipc, cuda_ipc_endpoint
 from transport.base import Endpoint, Region, Transfer, TransferState
-from transport.conformance import check_transport, finish, wait_for
+from transport.conformance import QUIET_S, check_transport, finish, wait_for
 from transport.cuda_ipc import CudaIpcTransport
 from transport.cuda_ipc_device import Exported
 from transport.cuda_ipc_gpu import why_unavailable
@@ -91,10 +91,13 @@ def test_a_write_takes_what_the_layer_has_computed_and_not_what_lay_there_before
         assert receiver.block(3) == bytes([1]) * 4096
 
 
-def test_the_notice_follows_without_anyone_asking_the_transfer() -> None:
+def test_the_notice_follows_without_anyone_asking_the_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_ipc_endpoint, "IDLE_PAUSE_S", 60.0)
     device = HostDevice()
     with pair(device) as (sender, receiver, endpoint):
         landing = receiver.expect("t", range(8))
+        finish(endpoint.write("t", sender.blocks([0]), receiver.blocks([0])))
+        threading.Event().wait(QUIET_S)  # the endpoint's thread has gone to sleep
         device.hold()
         endpoint.write("t", sender.blocks([0]), receiver.blocks([0]), b"alone")
         assert landing.poll() == []
