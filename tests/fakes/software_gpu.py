@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
-import os
 import shutil
 import subprocess
 import tempfile
@@ -63,7 +63,9 @@ def software_library() -> str:
     compiler = shutil.which("g++")
     if compiler is None:
         return ""
-    library = Path(tempfile.mkdtemp(prefix="baton-software-gpu-")) / f"libcuda-{os.getpid()}.so"
+    folder = tempfile.mkdtemp(prefix="baton-software-gpu-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    library = Path(folder) / "libcuda.so.1"
     headers = [f"-I{HEADERS}"] if HEADERS.is_dir() else []
     options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-pthread"]
     subprocess.run([compiler, *options, *headers, str(SOURCE), "-o", str(library)], check=True, timeout=100)
