@@ -18,6 +18,7 @@ _MODULES = {
     "shm": "transport.shm",
     "zmq": "transport.zmq_tcp",
     "ucx": "transport.ucx",
+    "cuda_ipc": "transport.cuda_ipc",
     "inproc": "transport.inproc",
 }
 SCHEMES = tuple(_MODULES)
