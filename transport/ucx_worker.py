@@ -171,7 +171,8 @@ class UcxPeer:
     def failure(self) -> str:
         """Why nothing can be sent any more; empty while it works. Forgets what has left."""
         while self._sends and self._sends[0][0].completed:
-            self._why_failed = self._why_failed or failure_of(self._sends.popleft()[0])
+            request, _ = self._sends.popleft()
+            self._why_failed = self._why_failed or failure_of(request)
         if self._why_failed:
             return self._why_failed
         if len(self._sends) > MAX_SENDS:
