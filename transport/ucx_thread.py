@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import logging
+import os
 import secrets
 import select
 import threading
@@ -25,7 +26,7 @@ from transport.ucx_receiver import GREETING_TIMEOUT_S, UcxCaller, UcxReceiver
 from transport.ucx_socket import UcxDoor, UcxSocket
 from transport.ucx_worker import UcxWorker
 
-BUSY_TURNS = 200
+BUSY_TURNS = 20
 IDLE_TURNS = 10
 """Looks without an event before the thread sleeps; a look takes a few microseconds."""
 
@@ -95,6 +96,8 @@ class UcxThread:
                 has_moved = self._worker.progress() or bool(ready)
                 if has_moved or may_sleep:
                     self._turn(ready)
+                else:
+                    os.sched_yield()  # a peer on the same core need not wait for a tick
                 num_quiet = 0 if has_moved else num_quiet + 1
             except Exception:  # noqa: BLE001 - a fault of ours must not leave transfers running for ever
                 _log.exception("ucx transport: a turn failed; every connection is ended")
