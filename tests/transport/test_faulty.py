@@ -14,9 +14,9 @@ from tests.transport.memory import Owned
 from transport.base import Endpoint, Landing, TransferState
 from transport.conformance import finish
 from transport.faulty import Faults, FaultyTransport, parse_faults
-from transport.schemes import make_transport
+from transport.schemes import make_transport, unavailable
 
-SCHEMES = ["inproc", "shm", "zmq"]
+SCHEMES = [scheme for scheme in ("inproc", "shm", "zmq", "nixl") if not unavailable(scheme)]
 
 
 @contextmanager
