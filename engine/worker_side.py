@@ -37,10 +37,10 @@ class WorkerSide:
         self._clock = SystemClock()
         self._memory: CacheMemory | None = None
         self._layers: dict[str, int] = {}
-        wanted = SCHEMES if settings.transport == "auto" else (settings.transport,)
+        wanted = AUTOMATIC if settings.transport == "auto" else (settings.transport,)
         self._transports: dict[str, Transport] = {}
         for scheme in wanted:
-            transport = make_transport(scheme, settings.host)
+            transport = make_transport(scheme, settings.host, settings.transport_options)
             if settings.faulty:
                 transport = FaultyTransport(transport, Faults(**settings.faulty))
             self._transports[scheme] = transport

@@ -1,7 +1,8 @@
 """Every transport by its scheme: imported when it is asked for, so that a missing library costs that scheme alone.
 
 A transport's module offers three functions: `make(host)`, `unavailable()` (why it cannot run here, empty if it can),
-`is_reachable(description)` (whether a peer's description may be connected to from here, without trying).
+`is_reachable(description)` (whether a peer's description may be connected to from here, without trying). One that has
+options offers `make_with(host, options)` too.
 
 Memory and threading: none of its own.
 """
@@ -9,7 +10,8 @@ Memory and threading: none of its own.
 from __future__ import annotations
 
 import importlib
-from typing import Protocol, cast
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
 
 from core.errors import ConfigError
 from transport.base import Transport
@@ -21,6 +23,9 @@ _MODULES = {
     "inproc": "transport.inproc",
 }
 SCHEMES = tuple(_MODULES)
+AUTOMATIC = ("shm", "zmq", "inproc")
+"""What an instance offers where none is pinned: nixl costs each its library's start and memory, and loses to shm on one
+host."""
 
 
 class _Module(Protocol):
@@ -31,14 +36,21 @@ class _Module(Protocol):
     def is_reachable(self, description: bytes) -> bool: ...
 
 
-def make_transport(scheme: str, host: str) -> Transport:
-    """A transport by name. host: the address under which peers reach this machine, where that matters. Raises
-    ConfigError if there is none of that name, or it cannot run here."""
+def make_transport(scheme: str, host: str, options: Mapping[str, dict[str, Any]] | None = None) -> Transport:
+    """A transport by name. host: the address under which peers reach this machine, where that matters; options: by
+    scheme, for those that have some. Raises ConfigError if there is none of that name, or it cannot run here."""
+    for named in options or {}:
+        _module(named)
     module = _module(scheme)
     why = module.unavailable()
     if why:
         raise ConfigError(f"transport {scheme!r} is not available here: {why}")
-    return module.make(host)
+    if not options or scheme not in options:
+        return module.make(host)
+    make_with = getattr(module, "make_with", None)
+    if make_with is None:
+        raise ConfigError(f"transport_options: {scheme} has no options")
+    return cast(Transport, make_with(host, options[scheme]))
 
 
 def unavailable(scheme: str) -> str:
