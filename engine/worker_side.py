@@ -18,7 +18,7 @@ from prefill.pusher import Pusher
 from transport.base import Memory, Transport
 from transport.faultpoint import FaultPoint
 from transport.faulty import Faults, FaultyTransport
-from transport.schemes import make_transport
+from transport.schemes import AUTOMATIC, make_transport
 
 SCHEMES = ("shm", "zmq")
 """Best first."""

@@ -10,6 +10,7 @@ keeps it so; it gives up the interpreter's lock while it copies.
 
 from __future__ import annotations
 
+import collections
 import importlib
 import importlib.metadata
 import importlib.util
@@ -30,6 +31,7 @@ from transport.regions import Span
 _BUILDS = ("nixl_cu13", "nixl_cu12", "nixl_rocm")
 _REMEDY = "`scripts/setup transports` installs it, or: pip install nixl-cu13 && pip install --no-deps nixl"
 _OWN_SIDE = ""
+MAX_IDLE_PEERS = 64
 
 
 class NixlOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -86,7 +88,7 @@ def library_version() -> str:
 
 
 class Posting:
-    """Copies that NIXL was asked for. Belongs to the agent that made it."""
+    """Copies that NIXL was asked for. Belongs to the agent that made it, and which its handle keeps in memory."""
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
@@ -104,7 +106,7 @@ class NixlAgent:
         self._agent = self._make(options, options.of_backend(host))
         self._registered: list[Any] = []
         self._prepared: dict[int, Any] = {}
-        self._peers: dict[str, NixlPeer] = {}
+        self._peers: collections.OrderedDict[str, NixlPeer] = collections.OrderedDict()
 
     def register(self, region: Region) -> None:
         """Raises TransferError if the back end cannot take this memory."""
@@ -125,6 +127,7 @@ class NixlAgent:
         """
         peer = self._peers.get(name)
         if peer is not None:
+            self._peers.move_to_end(name)
             return None if peer.is_broken else peer.shared()
         with self._calling("load the peer's agent"):
             try:
@@ -136,10 +139,23 @@ class NixlAgent:
         found = loaded.decode() if isinstance(loaded, bytes) else str(loaded)
         peer = NixlPeer(self, found)
         if found != name:
-            peer.close()
+            self.remove_peer(peer)
             raise TransferError(f"the peer's agent is {found!r}, described was {name!r}")
         self._peers[name] = peer
+        idle = [each for each in self._peers.values() if each.is_idle()]
+        for each in idle[: max(len(idle) - MAX_IDLE_PEERS, 0)]:
+            self.remove_peer(each)
         return peer
+
+    def remove_peer(self, peer: NixlPeer) -> None:
+        """Disconnects. Its postings are done or abandoned before."""
+        self._peers.pop(peer.name, None)
+        for handle in peer.prepared.values():
+            with suppress(TransferError), self._calling("release"):
+                handle.release()
+        peer.prepared.clear()
+        with suppress(TransferError), self._calling("disconnect"):
+            self._agent.remove_remote_agent(peer.name)
 
     def progress(self) -> list[bytes]:
         """Lets the back end work; notifications that came."""
@@ -160,9 +176,12 @@ class NixlAgent:
             posting.state = TransferState.FAILED
             with suppress(TransferError), self._calling("cancel"):
                 self._agent.release_xfer_handle(posting.handle)
+            posting.handle = None
 
     def close(self) -> None:
-        """Releases everything. Peers are closed before."""
+        """Releases everything."""
+        for peer in list(self._peers.values()):
+            self.remove_peer(peer)
         with self._lock:
             for handle in self._prepared.values():
                 with suppress(*self._library.errors):
@@ -195,6 +214,7 @@ class NixlAgent:
             return
         posting.state = TransferState.DONE if answer == "DONE" else TransferState.FAILED
         self._agent.release_xfer_handle(posting.handle)
+        posting.handle = None
         if posting.state is TransferState.FAILED:
             raise TransferError("NIXL could not copy: the transfer ended in an error")
 
@@ -235,19 +255,26 @@ class NixlAgent:
 
 
 class NixlPeer:
-    """Another process's agent, loaded here. Made by `NixlAgent.add_peer`; closed before its agent."""
+    """Another process's agent, loaded here. Made by `NixlAgent.add_peer`; `close` is called by each of its users.
+
+    A sound one stays loaded after its last user, for the next: UCX keeps its side of a closed connection in the other
+    process until either process ends, so one connection per pair is made, and not one per endpoint.
+    """
 
     def __init__(self, agent: NixlAgent, name: str) -> None:
         self._agent = agent
-        self._name = name
-        self._prepared: dict[int, Any] = {}
         self._num_users = 1
+        self.name = name
+        self.prepared: dict[int, Any] = {}
         self.is_broken = False
 
     def shared(self) -> NixlPeer:
-        """For one user more; each calls `close`."""
+        """For one user more."""
         self._num_users += 1
         return self
+
+    def is_idle(self) -> bool:
+        return self._num_users == 0
 
     def copy(
         self, operation: str, local: Span, local_ids: Sequence[int], remote: Span, remote_ids: Sequence[int]
@@ -257,30 +284,23 @@ class NixlPeer:
         with agent._calling("copy"):
             if not (_is_whole(local) and _is_whole(remote)):
                 lists = [agent._descriptors(local, local_ids), agent._descriptors(remote, remote_ids)]
-                return agent._start(operation, self._name, lists)
+                return agent._start(operation, self.name, lists)
             numbers = agent._library.numpy
             here = agent._prepare(agent._prepared, _OWN_SIDE, local.region)
-            there = agent._prepare(self._prepared, self._name, remote.region)
+            there = agent._prepare(self.prepared, self.name, remote.region)
             first, second = (numbers.asarray(ids, dtype=numbers.int32) for ids in (local_ids, remote_ids))
-            return agent._start(operation, self._name, [here, first, there, second])
+            return agent._start(operation, self.name, [here, first, there, second])
 
     def notify(self, notice: bytes) -> None:
         """Sends a notification; progress must be driven until it is known to have arrived."""
         with self._agent._calling("notify"):
-            self._agent._agent.send_notif(self._name, notice)
+            self._agent._agent.send_notif(self.name, notice)
 
     def close(self) -> None:
-        """Disconnects after the last user. Postings are done or abandoned before."""
+        """Not used any more by this user. A broken one is disconnected by its last."""
         self._num_users -= 1
-        if self._num_users:
-            return
-        self._agent._peers.pop(self._name, None)
-        for handle in self._prepared.values():
-            with suppress(TransferError), self._agent._calling("release"):
-                handle.release()
-        self._prepared.clear()
-        with suppress(TransferError), self._agent._calling("disconnect"):
-            self._agent._agent.remove_remote_agent(self._name)
+        if self.is_idle() and self.is_broken:
+            self._agent.remove_peer(self)
 
 
 class _Library:

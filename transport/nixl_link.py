@@ -134,8 +134,7 @@ class NixlLink:
         try:
             has_moved = self._turn(now_s)
         except TransferError as error:
-            if self._peer is not None:
-                self._peer.is_broken = True
+            self._break_off()
             self.end(str(error))
             self._opened.until_s = now_s
             has_moved = True
@@ -197,6 +196,7 @@ class NixlLink:
         except TransferError as error:
             self._thread.forget(connection.fileno())
             self._opened.is_closed = True
+            self._break_off()
             self.end(self._opened.explain(str(error)))
 
     def _greet(self, connection: NixlSocket) -> None:
@@ -241,8 +241,15 @@ class NixlLink:
         connection.send(encode(frame))
         self._watch(connection)
 
+    def _break_off(self) -> None:
+        """The peer's agent cannot be used by anybody any more."""
+        if self._peer is not None:
+            self._peer.is_broken = True
+
     def _remove(self) -> None:
         """Nothing of ours is under way any more, or it is abandoned."""
+        if self._is_moving():
+            self._break_off()
         for lane in self._lanes.by_tag.values():
             lane.abandon(self._thread.agent)
         if self._peer is not None:

@@ -3,7 +3,7 @@
 python -m tests.transport.peer_process own SCHEME              says its description, expects tag "t", counts
 python -m tests.transport.peer_process write SCHEME HEX         writes all its blocks under tag "t"
 python -m tests.transport.peer_process storm SCHEME HEX         writes them over and over, also after a refusal
-python -m tests.transport.peer_process send SCHEME HEX          random blocks, in random places and parts; says their digest
+python -m tests.transport.peer_process send SCHEME HEX          random blocks, in parts, in any order; says their digest
 python -m tests.transport.peer_process control                  says its control address
 """
 
@@ -141,5 +141,11 @@ def peer_at(address: str) -> Peer:
 
 
 if __name__ == "__main__":
-    modes: dict[str, Callable[..., None]] = {"own": own, "write": write, "storm": storm, "send": send, "control": control}
+    modes: dict[str, Callable[..., None]] = {
+        "own": own,
+        "write": write,
+        "storm": storm,
+        "send": send,
+        "control": control,
+    }
     modes[sys.argv[1]](*sys.argv[2:])

@@ -276,7 +276,11 @@ def test_an_impostor_cannot_have_another_agent_loaded_or_exhaust_us() -> None:
         impostor.settimeout(5)
         true = decode_description(receiver.transport.describe(), "")
         wire = changed(true, address=f"tcp://127.0.0.1:{impostor.getsockname()[1]}")
-        answers = (b"\x30\0\0\0\x92\xa7Welcome\xc4\x24nixlSerDes|Agent" + b"?" * 28, b"\xff" * 64, b"\x02\0\0\0\x90\xc1")
+        answers = (
+            b"\x30\0\0\0\x92\xa7Welcome\xc4\x24nixlSerDes|Agent" + b"?" * 28,
+            b"\xff" * 64,
+            b"\x02\0\0\0\x90\xc1",
+        )
         for answer in answers:
             endpoint = sender.transport.connect(wire)
             connection, _ = impostor.accept()
@@ -303,6 +307,20 @@ def test_garbage_on_the_owners_socket_is_counted_and_the_thread_lives_on() -> No
         endpoint.close()
 
 
+def test_who_keeps_a_finished_transfer_does_not_keep_the_agent() -> None:
+    make().close()
+    sender, receiver = Owned(make(), fill=3), Owned(make())
+    receiver.expect("t", [0])
+    before = num_open()
+    endpoint = sender.transport.connect(receiver.transport.describe())
+    kept = [endpoint.write("t", sender.blocks([0]), receiver.blocks([0])) for _ in range(3)]
+    finish(*kept)
+    for owned in (sender, receiver):
+        owned.transport.close()
+    until(lambda: num_open() < before, 5.0, "both agents are gone")
+    assert all(transfer.poll() is TransferState.DONE for transfer in kept)
+
+
 def test_fifty_connections_come_and_go_without_a_trace() -> None:
     with joined() as (sender, receiver):
         description = receiver.transport.describe()
@@ -314,7 +332,8 @@ def test_fifty_connections_come_and_go_without_a_trace() -> None:
             endpoint.close()
 
         use_once()
-        before = until(lambda: num_open() if is_steady(num_open) else None, what="a steady state")
+        until(lambda: is_steady(num_open), what="a steady state")
+        before = num_open()
         for _ in range(50):
             use_once()
         until(lambda: num_open() <= before, what=f"descriptors, threads and mappings go back to {before}")
