@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from core.clock import ManualClock
 from core.errors import ConfigError, TransferError
 from tests.poll import until
 from tests.transport.memory import Owned
@@ -24,7 +25,7 @@ from transport.conformance import check_transport, finish
 from transport.faulty import Faults, FaultyTransport
 from transport.nixl import NixlTransport, make_with, unavailable
 from transport.nixl_agent import NixlOptions
-from transport.nixl_wire import NixlDescription, decode_description, encode_description
+from transport.nixl_wire import NixlDescription, Welcome, decode_description, encode, encode_description
 from transport.schemes import make_transport
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
@@ -53,6 +54,10 @@ def memory_of(owned: Owned) -> bytes:
 
 def test_it_does_what_every_transport_must() -> None:
     check_transport(make)
+
+
+def test_it_does_where_ucx_has_only_sockets() -> None:
+    check_transport(lambda: NixlTransport("127.0.0.1", NixlOptions(ucx={"TLS": "tcp"})))
 
 
 def test_it_still_does_when_completion_is_delayed() -> None:
@@ -102,6 +107,21 @@ def test_a_closed_landing_stops_a_storm_of_writes_of_another_process(tls: str, m
         threading.Event().wait(0.3)
         assert set(memory_of(owned)) == {0xAA}, "a writer that had stopped wrote"
     owned.transport.close()
+
+
+def test_the_fence_of_a_writer_that_hung_up_waits_for_what_it_left_on_the_way() -> None:
+    clock = ManualClock()
+    sender, receiver = Owned(make(), fill=3), Owned(NixlTransport("127.0.0.1", clock=clock))
+    landing = receiver.expect("t", [0])
+    endpoint = sender.transport.connect(receiver.transport.describe())
+    finish(endpoint.write("t", sender.blocks([0]), receiver.blocks([0])))
+    endpoint.close()
+    sender.transport.close()
+    threading.Event().wait(0.3)
+    assert not landing.peer_gone(), "the fence came with the end of the connection"
+    clock.advance(1.0)
+    until(landing.peer_gone, 2.0, "the fence")
+    receiver.transport.close()
 
 
 def test_a_stopped_writer_is_not_taken_for_a_dead_one() -> None:
@@ -174,18 +194,20 @@ def test_closing_an_endpoint_to_a_stopped_owner_ends_its_transfers_in_time() -> 
 
 
 def test_a_cancelled_write_that_has_ended_does_not_read_our_blocks_any_more() -> None:
-    with joined(16, 1 << 18) as (sender, receiver):
-        receiver.expect("t", range(16))
+    num_bytes = 32 << 20
+    with joined(32, 1 << 20) as (sender, receiver):
+        receiver.expect("t", range(32))
         endpoint = sender.transport.connect(receiver.transport.describe())
-        for turn in range(30):
-            ctypes.memset(sender.region.address, 0x11, 16 << 18)
-            transfers = [endpoint.write("t", sender.blocks([i]), receiver.blocks([i])) for i in range(turn % 16 + 1)]
+        for turn in range(10):
+            ctypes.memset(sender.region.address, 0x11, num_bytes)
+            transfers = [endpoint.write("t", sender.blocks(range(32)), receiver.blocks(range(32))) for _ in range(3)]
+            threading.Event().wait(turn * 0.001)
             for transfer in transfers:
                 transfer.cancel()
             until(lambda: all(t.poll() is not TransferState.RUNNING for t in transfers), 5.0, "they end")  # noqa: B023
-            ctypes.memset(sender.region.address, 0xEE, 16 << 18)
-        finish(endpoint.write("t", sender.blocks([0]), receiver.blocks([15])))
-        assert 0xEE not in memory_of(receiver)[: 15 << 18]
+            ctypes.memset(sender.region.address, 0xEE, num_bytes)
+            threading.Event().wait(0.02)
+            assert 0xEE not in memory_of(receiver)
         endpoint.close()
 
 
@@ -277,16 +299,20 @@ def test_an_impostor_cannot_have_another_agent_loaded_or_exhaust_us() -> None:
         true = decode_description(receiver.transport.describe(), "")
         wire = changed(true, address=f"tcp://127.0.0.1:{impostor.getsockname()[1]}")
         answers = (
-            b"\x30\0\0\0\x92\xa7Welcome\xc4\x24nixlSerDes|Agent" + b"?" * 28,
-            b"\xff" * 64,
-            b"\x02\0\0\0\x90\xc1",
+            (encode(Welcome(b"nixlSerDes|Agent" + bytes(400))), "not the one that was described"),
+            (encode(Welcome(b"")), "not the one that was described"),
+            (b"\xff" * 64, "larger than"),
+            (b"\x02\0\0\0\x90\xc1", "protocol"),
+            (b"", "hung up on our greeting"),
         )
-        for answer in answers:
+        for answer, word in answers:
             endpoint = sender.transport.connect(wire)
             connection, _ = impostor.accept()
             with connection:
                 connection.sendall(answer)
+                connection.shutdown(socket.SHUT_WR)
                 until(endpoint.failure, 2.0, "the endpoint fails")
+            assert word in endpoint.failure()
             endpoint.close()
 
 
@@ -308,16 +334,18 @@ def test_garbage_on_the_owners_socket_is_counted_and_the_thread_lives_on() -> No
 
 
 def test_who_keeps_a_finished_transfer_does_not_keep_the_agent() -> None:
-    make().close()
+    with joined() as pair:
+        descriptions = [owned.transport.describe() for owned in pair]
+    assert descriptions[0] != descriptions[1]
+    before = num_open()
     sender, receiver = Owned(make(), fill=3), Owned(make())
     receiver.expect("t", [0])
-    before = num_open()
     endpoint = sender.transport.connect(receiver.transport.describe())
     kept = [endpoint.write("t", sender.blocks([0]), receiver.blocks([0])) for _ in range(3)]
     finish(*kept)
     for owned in (sender, receiver):
         owned.transport.close()
-    until(lambda: num_open() < before, 5.0, "both agents are gone")
+    until(lambda: num_open() <= before, 5.0, "both agents are gone")
     assert all(transfer.poll() is TransferState.DONE for transfer in kept)
 
 
