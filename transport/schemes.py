@@ -20,12 +20,13 @@ _MODULES = {
     "shm": "transport.shm",
     "zmq": "transport.zmq_tcp",
     "nixl": "transport.nixl",
+    "cuda_ipc": "transport.cuda_ipc",
     "inproc": "transport.inproc",
 }
 SCHEMES = tuple(_MODULES)
 AUTOMATIC = ("shm", "zmq", "inproc")
-"""What an instance offers where none is pinned: nixl costs each its library's start and memory, and loses to shm on one
-host."""
+"""What an instance offers where none is pinned; nixl would cost each its library's start and memory, and loses to shm on
+one host."""
 
 
 class _Module(Protocol):

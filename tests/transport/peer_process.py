@@ -4,6 +4,7 @@ python -m tests.transport.peer_process own SCHEME              says its descript
 python -m tests.transport.peer_process write SCHEME HEX         writes all its blocks under tag "t"
 python -m tests.transport.peer_process storm SCHEME HEX         writes them over and over, also after a refusal
 python -m tests.transport.peer_process send SCHEME HEX          random blocks, in parts, in any order; says their digest
+python -m tests.transport.peer_process held HEX                 the same over cuda_ipc, and its GPU does not get to it
 python -m tests.transport.peer_process control                  says its control address
 """
 
@@ -23,11 +24,14 @@ from types import TracebackType
 from typing import Any
 
 from core.handoff import Peer
+from tests.fakes.software_gpu import SoftwareGpu
 from tests.poll import until
 from tests.transport.memory import Owned
-from transport.base import Blocks, TransferState
+from transport.base import Blocks, TransferState, Transport
 from transport.conformance import finish
 from transport.control import Callbacks, ControlPlane, Identity
+from transport.cuda_ipc import CudaIpcTransport
+from transport.cuda_ipc_host import HostDevice
 from transport.schemes import make_transport
 
 NUM_BLOCKS = 16
@@ -78,7 +82,7 @@ def say(words: object) -> None:
 
 
 def own(scheme: str) -> None:
-    owned = Owned(make_transport(scheme, "127.0.0.1"), BLOCK_BYTES, NUM_BLOCKS, fill=0)
+    owned = Owned(transport_of(scheme), BLOCK_BYTES, NUM_BLOCKS, fill=0)
     landing = owned.expect("t", range(NUM_BLOCKS))
     say(owned.transport.describe().hex())
     notices: list[str] = []
@@ -89,7 +93,7 @@ def own(scheme: str) -> None:
 
 
 def write(scheme: str, description: str) -> None:
-    owned = Owned(make_transport(scheme, "127.0.0.1"), BLOCK_BYTES, NUM_BLOCKS, fill=7)
+    owned = Owned(transport_of(scheme), BLOCK_BYTES, NUM_BLOCKS, fill=7)
     endpoint = owned.transport.connect(bytes.fromhex(description))
     transfer = endpoint.write("t", owned.blocks(range(NUM_BLOCKS)), owned.blocks(range(NUM_BLOCKS)), b"done")
     until(lambda: transfer.poll() is not TransferState.RUNNING, 10.0, "the write ends")
@@ -127,6 +131,26 @@ def send(scheme: str, description: str) -> None:
     sys.stdin.read()
 
 
+def held(description: str) -> None:
+    device = HostDevice()
+    owned = Owned(CudaIpcTransport(device), BLOCK_BYTES, NUM_BLOCKS, fill=7)
+    endpoint = owned.transport.connect(bytes.fromhex(description))
+    first = endpoint.write("t", owned.blocks([0]), owned.blocks([0]), b"first")
+    until(lambda: first.poll() is TransferState.DONE, 10.0, "the first write")
+    device.hold()
+    transfer = endpoint.write("t", owned.blocks([1]), owned.blocks([1]), b"second")
+    say(transfer.poll().value)
+    sys.stdin.read()
+
+
+def transport_of(scheme: str) -> Transport:
+    """A transport by name; cuda_ipc on a device made of host memory, cuda_ipc:LIBRARY on a CUDA driver in software."""
+    name, _, library = scheme.partition(":")
+    if name != "cuda_ipc":
+        return make_transport(scheme, "127.0.0.1")
+    return CudaIpcTransport(SoftwareGpu(library) if library else HostDevice())
+
+
 def control() -> None:
     plane = ControlPlane(
         "127.0.0.1", Identity("other", "boot", "print"), Callbacks(lambda envelope: say(envelope.handoff))
@@ -146,6 +170,7 @@ if __name__ == "__main__":
         "write": write,
         "storm": storm,
         "send": send,
+        "held": held,
         "control": control,
     }
     modes[sys.argv[1]](*sys.argv[2:])
