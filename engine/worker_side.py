@@ -18,7 +18,7 @@ from prefill.pusher import Pusher
 from transport.base import Memory, Transport
 from transport.faultpoint import FaultPoint
 from transport.faulty import Faults, FaultyTransport
-from transport.schemes import AUTOMATIC, make_transport
+from transport.schemes import make_transport
 
 SCHEMES = ("shm", "zmq")
 """Best first."""
@@ -37,7 +37,7 @@ class WorkerSide:
         self._clock = SystemClock()
         self._memory: CacheMemory | None = None
         self._layers: dict[str, int] = {}
-        wanted = AUTOMATIC if settings.transport == "auto" else (settings.transport,)
+        wanted = SCHEMES if settings.transport == "auto" else (settings.transport,)
         self._transports: dict[str, Transport] = {}
         for scheme in wanted:
             transport = make_transport(scheme, settings.host, settings.transport_options)

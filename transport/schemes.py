@@ -24,9 +24,6 @@ _MODULES = {
     "inproc": "transport.inproc",
 }
 SCHEMES = tuple(_MODULES)
-AUTOMATIC = ("shm", "zmq", "inproc")
-"""What an instance offers where none is pinned; nixl would cost each its library's start and memory, and loses to shm on
-one host."""
 
 
 class _Module(Protocol):
