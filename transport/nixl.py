@@ -183,8 +183,8 @@ class _Running:
         self.thread.start()
 
     def close(self) -> None:
-        self.thread.close()
-        self.agent.close()
+        if self.thread.close():
+            self.agent.close()
 
 
 def _release(version: str) -> list[str]:

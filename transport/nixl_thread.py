@@ -98,13 +98,17 @@ class NixlThread:
         if self._handlers.pop(fd, None) is not None:
             self._signals.epoll.unregister(fd)
 
-    def close(self) -> None:
-        """Ends every part, then the thread: bounded by the parts' own limits."""
+    def close(self) -> bool:
+        """Ends every part, then the thread: bounded by the parts' own limits. False if NIXL does not return: then the
+        agent must be left alone."""
         self._signals.is_stopping = True
         self._signals.wake()
         self._thread.join(JOIN_TIMEOUT_S)
-        if not self._thread.is_alive():
-            self._signals.close()
+        if self._thread.is_alive():
+            _log.error("NIXL has not returned for %.0f s; its memory stays registered", JOIN_TIMEOUT_S)
+            return False
+        self._signals.close()
+        return True
 
     def discard(self) -> None:
         """Instead of `start`."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -25,13 +26,21 @@ from transport.conformance import check_transport, finish
 from transport.faulty import Faults, FaultyTransport
 from transport.nixl import NixlTransport, make_with, unavailable
 from transport.nixl_agent import NixlOptions
-from transport.nixl_wire import NixlDescription, Welcome, decode_description, encode, encode_description
+from transport.nixl_wire import (
+    Busy,
+    Hello,
+    NixlDescription,
+    Opening,
+    Stopped,
+    ToOwner,
+    Welcome,
+    decode_description,
+    encode,
+    encode_description,
+)
 from transport.schemes import make_transport
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
-
-TRANSPORTS_OF_UCX = ["all", "tcp"]
-"""What UCX finds on one host (it copies between processes), and bytes in sockets, which the receiver puts in place."""
 
 
 def make() -> NixlTransport:
@@ -74,7 +83,8 @@ def test_another_process_sends_random_blocks_in_parts_and_both_digests_are_equal
     owned.transport.close()
 
 
-@pytest.mark.parametrize("tls", TRANSPORTS_OF_UCX)
+# all: what UCX finds on one host (it copies between processes); tcp: bytes in sockets, which the receiver puts in place
+@pytest.mark.parametrize("tls", ["tcp", pytest.param("all", marks=pytest.mark.full)])
 def test_a_writer_killed_in_mid_write_is_gone_soon_and_writes_nothing_afterwards(
     tls: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,7 +104,7 @@ def test_a_writer_killed_in_mid_write_is_gone_soon_and_writes_nothing_afterwards
     owned.transport.close()
 
 
-@pytest.mark.parametrize("tls", TRANSPORTS_OF_UCX)
+@pytest.mark.parametrize("tls", ["all", pytest.param("tcp", marks=pytest.mark.full)])
 def test_a_closed_landing_stops_a_storm_of_writes_of_another_process(tls: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UCX_TLS", tls)
     owned = Owned(make(), BLOCK_BYTES, NUM_BLOCKS)
@@ -124,6 +134,7 @@ def test_the_fence_of_a_writer_that_hung_up_waits_for_what_it_left_on_the_way() 
     receiver.transport.close()
 
 
+@pytest.mark.full
 def test_a_stopped_writer_is_not_taken_for_a_dead_one() -> None:
     owned = Owned(make(), BLOCK_BYTES, NUM_BLOCKS)
     landing = owned.expect("t", range(NUM_BLOCKS))
@@ -180,6 +191,7 @@ def test_a_stopped_owner_holds_up_neither_the_caller_nor_another_peer_and_hears_
         owned.transport.close()
 
 
+@pytest.mark.full
 def test_closing_an_endpoint_to_a_stopped_owner_ends_its_transfers_in_time() -> None:
     sender = Owned(make(), BLOCK_BYTES, NUM_BLOCKS, fill=5)
     ids = sender.blocks(range(NUM_BLOCKS))
@@ -314,6 +326,51 @@ def test_an_impostor_cannot_have_another_agent_loaded_or_exhaust_us() -> None:
                 until(endpoint.failure, 2.0, "the endpoint fails")
             assert word in endpoint.failure()
             endpoint.close()
+
+
+def test_who_accepts_and_says_nothing_and_who_connects_and_says_nothing_are_given_up() -> None:
+    clock = ManualClock()
+    owned = Owned(NixlTransport("127.0.0.1", clock=clock))
+    with socket.create_server(("127.0.0.1", 0)) as impostor:
+        impostor.settimeout(5)
+        true = decode_description(owned.transport.describe(), "")
+        host, port = true.address.removeprefix("tcp://").split(":")
+        endpoint = owned.transport.connect(changed(true, address=f"tcp://127.0.0.1:{impostor.getsockname()[1]}"))
+        waiting = endpoint.write("t", owned.blocks([0]), owned.blocks([0]))
+        with impostor.accept()[0], socket.create_connection((host, int(port))) as mute:
+            mute.settimeout(5)
+            threading.Event().wait(0.2)
+            assert not endpoint.failure()
+            clock.advance(11.0)
+            until(endpoint.failure, 5.0, "the endpoint fails")
+            assert "did not answer within 10 s" in endpoint.failure()
+            until(lambda: waiting.poll() is TransferState.FAILED, 5.0, "its transfer fails")
+            assert hears_the_end(mute)
+    owned.transport.close()
+
+
+def test_a_writer_that_knows_the_secret_and_talks_nonsense_harms_nobody() -> None:
+    dice = random.Random(17)
+    with joined() as (sender, receiver):
+        landing = receiver.expect("t", [0])
+        true = decode_description(receiver.transport.describe(), "")
+        host, port = true.address.removeprefix("tcp://").split(":")
+        words: list[ToOwner] = [Opening("t"), Opening("u"), Busy(True), Busy(False), Stopped("t"), Stopped("v")]
+        for turn in range(40):
+            with socket.create_connection((host, int(port))) as stranger:
+                stranger.settimeout(5)
+                stranger.sendall(encode(Hello(true.token, f"stranger {turn}", true.metadata_digest)))
+                for _ in range(20):
+                    frame = bytearray(encode(dice.choice(words)))
+                    if not dice.randrange(3):
+                        frame[dice.randrange(4, len(frame))] ^= 1 << dice.randrange(8)
+                    with suppress(OSError):  # it has hung up on us
+                        stranger.sendall(frame)
+        endpoint = sender.transport.connect(receiver.transport.describe())
+        finish(endpoint.write("t", sender.blocks([0]), receiver.blocks([0]), b"."))
+        assert landing.poll() == [b"."]
+        endpoint.close()
+        until(landing.peer_gone, 5.0, "every writer has ended")
 
 
 def test_garbage_on_the_owners_socket_is_counted_and_the_thread_lives_on() -> None:
