@@ -11,6 +11,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from core.clock import SystemClock
 from core.errors import ProtocolError
 from core.handoff import Role
 from core.topology import Heartbeat
@@ -21,6 +22,8 @@ from proxy.metrics import Metrics
 from proxy.records import Records, show
 from proxy.registry import Instance, Registry, State
 from proxy.settings import Settings
+from transport.keys import read_keys
+from transport.signature import HEADER, check_signature
 
 _MAX_HEARTBEAT_BYTES = 4 << 20
 
@@ -43,6 +46,7 @@ class Control:
         self._records = records
         self._metrics = metrics
         self._labels = labels
+        self._keys = read_keys(settings.keys) if settings.keys else None
 
     def routes(self) -> APIRouter:
         router = APIRouter()
@@ -57,6 +61,10 @@ class Control:
     async def post_instance(self, request: Request) -> Response:
         self._check_local(request)
         body = await request.body()
+        try:
+            check_signature(self._keys, request.headers.get(HEADER), body, SystemClock().unix_s())
+        except ProtocolError as error:
+            raise RequestRefused(str(error), 403, code="other_keys") from error
         try:
             if len(body) > _MAX_HEARTBEAT_BYTES:
                 raise ProtocolError(f"a heartbeat has at most {_MAX_HEARTBEAT_BYTES} bytes")

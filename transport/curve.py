@@ -45,11 +45,14 @@ def why_refused(kind: int, value: int, keys: Keys | None) -> str:
     """Cause and remedy of a handshake that failed, as its monitor tells it (transport/monitor.py)."""
     if kind == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and value == _MISMATCH:
         if keys is None:
-            return "it is encrypted and this process is not: give this one the cluster's --keys as well"
-        return "it is not encrypted and this process is: give it the same --keys"
+            return "it is encrypted and this process is not: give both the same --keys"
+        return "it is not encrypted and this process is: give both the same --keys"
+    if kind == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:  # its own refusal may overtake its greeting
+        state = "is not" if keys is None else "is"
+        return f"it hung up in the handshake, and this process {state} encrypted: give both the same --keys, or neither"
     if keys is not None:
-        return "it has other keys than this process, or none of Baton's: give both the same --keys file"
-    return "it does not speak ZMTP 3 to the end of the handshake"
+        return "it has other keys than this process: give both the same --keys"
+    return "it does not speak ZMQ's protocol"
 
 
 class Doorkeeper:

@@ -113,8 +113,7 @@ def read_keys(path: str | Path) -> Keys:
 
 def _read(path: Path) -> tuple[bytes, int]:
     """Content and mode of the same file, whatever happens to its name meanwhile."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with os.fdopen(fd, "rb") as file:
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(0, "it is not a regular file")

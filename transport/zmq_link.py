@@ -12,6 +12,7 @@ they only append to deques and read what changes once (`Work.state`, `why_failed
 from __future__ import annotations
 
 import collections
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
@@ -93,7 +94,8 @@ class ZmqLink:
     def open(self, context: zmq.Context[zmq.Socket[bytes]], keys: Keys | None) -> None:
         """Begins to connect. Raises zmq.ZMQError where the system refuses a socket."""
         self.line = ZmqLine(context, self._description.address, keys)
-        self.line.socket.send(encode(Hello(self._description.token)), zmq.NOBLOCK)
+        with contextlib.suppress(zmq.Again):  # refused already: the line will say why
+            self.line.socket.send(encode(Hello(self._description.token)), zmq.NOBLOCK)
 
     def turn(self, now_s: float, is_readable: bool, is_monitored: bool) -> bool:
         """Does what can be done now; False once the link is over."""
