@@ -47,6 +47,11 @@ class ShmLink:
             region.id: region.at(self._memories[region.memory].address) for region in description.regions
         }
 
+    @property
+    def fd(self) -> int:
+        """Of the connection."""
+        return self._socket.fileno()
+
     def is_alive(self) -> bool:
         """False once the owner has hung up or died."""
         try:

@@ -42,7 +42,7 @@ def baton(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["keys"], "PATH"),
         (["keys", "/"], "is there already and is kept"),
         (["serve", "1P1D", "--keys", "/no/such/file"], "make one with: baton keys /no/such/file"),
-        (["instance", "--role", "decode", "--join", "http://h:1", "--keys", "/"], "cannot read the key file /: Is a directory"),
+        (["instance", "--role", "decode", "--join", "http://h:1", "--keys", "/"], "key file /: Is a directory"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_exit_code_2(arguments: list[str], said: str) -> None:
