@@ -11,10 +11,10 @@ CHUNK_BYTES = 1 << 16
 
 
 class Relay:
-    """Forwards every connection to `port` of this host from `start` to `close`; `seen` is all that went by."""
+    """Forwards new connections to `target_port` of this host, until `close`; `seen` is all that went by."""
 
     def __init__(self, port: int) -> None:
-        self._target = ("127.0.0.1", port)
+        self.target_port = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         self.seen = bytearray()
@@ -52,7 +52,7 @@ class Relay:
     def _accept(self) -> None:
         near, _ = self._listener.accept()
         try:
-            far = socket.create_connection(self._target, 5)
+            far = socket.create_connection(("127.0.0.1", self.target_port), 5)
         except OSError:
             near.close()
             return
