@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 from collections import Counter
 from typing import Any
 
@@ -22,10 +23,13 @@ from proxy.metrics import Metrics
 from proxy.records import Records, show
 from proxy.registry import Instance, Registry, State
 from proxy.settings import Settings
+from transport.doorway import Seldom
 from transport.keys import read_keys
 from transport.signature import HEADER, check_signature
 
 _MAX_HEARTBEAT_BYTES = 4 << 20
+_LOG_INTERVAL_S = 10.0
+_log = logging.getLogger(__name__)
 
 
 class Control:
@@ -46,6 +50,7 @@ class Control:
         self._records = records
         self._metrics = metrics
         self._labels = labels
+        self._refusals = Seldom(_LOG_INTERVAL_S)
         self._keys = read_keys(settings.keys) if settings.keys else None
 
     def routes(self) -> APIRouter:
@@ -64,6 +69,8 @@ class Control:
         try:
             check_signature(self._keys, request.headers.get(HEADER), body, SystemClock().unix_s())
         except ProtocolError as error:
+            if self._refusals.is_due(str(error)):
+                _log.warning("refused an instance at %s: %s", request.client.host if request.client else "?", error)
             raise RequestRefused(str(error), 403, code="other_keys") from error
         try:
             if len(body) > _MAX_HEARTBEAT_BYTES:

@@ -9,6 +9,7 @@ is down or restarts is asked again every second.
 from __future__ import annotations
 
 import collections
+import http
 import http.client
 import logging
 import threading
@@ -28,6 +29,7 @@ HEARTBEAT_INTERVAL_S = 1.0
 REQUEST_TIMEOUT_S = 1.0
 MAX_QUEUED_REPORTS = 10_000
 MAX_ANSWER_BYTES = 4096
+_NO_BEAT = b"{}"
 MAX_REPORTS_PER_HEARTBEAT = 1_000
 
 _log = logging.getLogger(__name__)
@@ -48,6 +50,28 @@ def parse_proxy_url(url: str) -> tuple[str, int]:
     assert host is not None
     assert port is not None
     return host, port
+
+
+def check_keys(proxy_url: str, keys: Keys | None) -> None:
+    """Asks a proxy, before a long start, whether it would take our heartbeats. Raises ConfigError if it would not; one
+    that is not there yet cannot tell."""
+    host, port = parse_proxy_url(proxy_url)
+    connection = http.client.HTTPConnection(host, port, timeout=REQUEST_TIMEOUT_S)
+    try:
+        connection.request("POST", "/instances", _NO_BEAT, _headers(keys, _NO_BEAT))
+        response = connection.getresponse()
+        words = response.read(MAX_ANSWER_BYTES).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return
+    finally:
+        connection.close()
+    if response.status == http.HTTPStatus.FORBIDDEN:
+        raise ConfigError(f"the proxy {proxy_url} refuses this instance: {words}")
+
+
+def _headers(keys: Keys | None, body: bytes) -> dict[str, str]:
+    signed = {HEADER: sign(keys, body, SystemClock().unix_s())} if keys is not None else {}
+    return {"Content-Type": "application/json"} | signed
 
 
 class JoinThread:
@@ -131,9 +155,7 @@ class JoinThread:
     def _post(self, body: bytes) -> tuple[int | None, str]:
         """The answer's status, or None without one, and its words. A kept connection that the proxy has closed is
         renewed once."""
-        headers = {"Content-Type": "application/json"}
-        if self._keys is not None:
-            headers[HEADER] = sign(self._keys, body, SystemClock().unix_s())
+        headers = _headers(self._keys, body)
         for _ in range(2):
             fresh = self._connection is None
             if self._connection is None:

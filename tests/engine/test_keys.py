@@ -1,4 +1,4 @@
-"""One key file for the whole cluster: tokens equal, nothing to be read on the way; other keys do not join."""
+"""One key file for the whole cluster: tokens equal, nothing to be read on the way."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from cluster.launcher import Cluster
-from core.errors import BatonError
 from kvcache.spec import CacheSpec
 from tests.engine.client import ask, record
 from tests.engine.prompts import token_prompt
@@ -99,25 +98,12 @@ def test_a_handoff_by_zmq_is_exact_and_with_keys_nothing_of_it_can_be_read(
         assert tokens not in sealed
 
 
-def test_an_instance_with_other_keys_does_not_join_and_says_why(start: Callable[..., Cluster], tmp_path: Path) -> None:
-    for name in ("keys", "other"):
-        make_keys(tmp_path / name)
-    with pytest.raises(BatonError):
-        start(
-            "0P1D",
-            keys=str(tmp_path / "keys"),
-            cache=CacheSpec.parse("64MiB"),
-            connector={"keys": str(tmp_path / "other")},
-            start_timeout_s=25.0,
-        )
-
-
 def test_every_socket_that_anything_of_baton_listens_at_is_bound_to_the_chosen_interface(
     start: Callable[..., Cluster],
 ) -> None:
     cluster = start("1P1D", cache=CacheSpec.parse("64MiB,listen=127.0.0.1:0"))
     bound = [(member.name, *each) for member in cluster.members for pid in member.pids() for each in listening(pid)]
-    assert {name for name, _, _ in bound} == {"proxy", "prefill-0", "decode-0", "cache server"}
+    assert {name for name, _, _ in bound} == {"proxy", "prefill-0", "decode-0", "cache"}
     assert len(bound) >= 1 + 2 * 3 + 2, "HTTP, control and zmq of each instance, the cache's two"
     assert {host for _, host, _ in bound} == {"127.0.0.1"}, bound
 

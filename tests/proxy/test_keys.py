@@ -16,7 +16,7 @@ from core.topology import Heartbeat, InstanceInfo
 from proxy.settings import Settings
 from tests.proxy.fleet import Fleet, running, until
 from transport import join
-from transport.join import JoinThread
+from transport.join import JoinThread, check_keys
 from transport.keys import Keys, make_keys, read_keys
 from transport.signature import HEADER, MAX_AGE_S, check_signature, sign
 
@@ -53,8 +53,12 @@ def test_an_instance_with_the_keys_joins_and_others_do_not_and_are_told_why(
             until(lambda said=said: said in caplog.text, "the instance says why")  # type: ignore[misc]
             thread.close(leaving=False)
         assert "--keys" in caplog.text
+        assert "refused an instance at 127.0.0.1: " in caplog.text, "the proxy says so as well"
         assert guarded.client.get("/instances").json()["instances"] == []
         caplog.clear()
+        with pytest.raises(ConfigError, match=f"refuses this instance: .*{said}"):
+            check_keys(url, used)
+    check_keys(url, keys)
     thread = JoinThread(url, lambda: INFO, keys)
     until(lambda: guarded.client.get("/instances").json()["instances"], "it has joined")
     thread.close()
