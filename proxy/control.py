@@ -23,8 +23,8 @@ from proxy.metrics import Metrics
 from proxy.records import Records, show
 from proxy.registry import Instance, Registry, State
 from proxy.settings import Settings
-from transport.doorway import Seldom
 from transport.keys import read_keys
+from transport.seldom import Seldom
 from transport.signature import HEADER, check_signature
 
 _MAX_HEARTBEAT_BYTES = 4 << 20

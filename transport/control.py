@@ -26,11 +26,12 @@ from core.clock import Clock, SystemClock
 from core.errors import ConfigError, ProtocolError
 from core.handoff import Peer
 from transport.address import bind_address, is_address
-from transport.doorway import Doorway, Seldom
+from transport.doorway import Doorway
 from transport.intake import IntakeLimits
 from transport.keys import Keys
 from transport.messages import MAX_MESSAGE_BYTES, Envelope, Message, decode_envelope, encode
 from transport.outbox import MAX_PEERS, Outbox
+from transport.seldom import Seldom
 
 MESSAGES_PER_TURN = 256
 MAX_UNREAD_MESSAGES = 8

@@ -19,6 +19,7 @@ from transport.curve import Doorkeeper, secure_listener, why_refused
 from transport.intake import Intake, IntakeLimits
 from transport.keys import Keys
 from transport.monitor import ENDED, OPENED, REFUSED, Monitor
+from transport.seldom import Seldom
 
 CHECK_MS = 50
 HANDSHAKE_TIMEOUT_MS = 5000
@@ -112,20 +113,3 @@ class Doorway:
     def _say(self, what: str) -> None:
         if self._refusals.is_due(what):
             _log.warning("%s %s", self.address, what)
-
-
-class Seldom:
-    """The same thing is due at most once per interval: what strangers cause must not fill a disk."""
-
-    def __init__(self, interval_s: float) -> None:
-        self._interval_s = interval_s
-        self._last_s: dict[str, float] = {}
-
-    def is_due(self, what: str) -> bool:
-        now_s = time.monotonic()
-        if now_s - self._last_s.get(what, -self._interval_s) < self._interval_s:
-            return False
-        if len(self._last_s) >= 256:
-            self._last_s.clear()
-        self._last_s[what] = now_s
-        return True

@@ -22,7 +22,7 @@ from tests.transport.test_control import plane
 from tests.transport.zmtp import GREETING, flood, part, ready, stranger
 from transport.conformance import finish
 from transport.intake import Intake, IntakeLimits
-from transport.messages import MAX_MESSAGE_BYTES, Cancelled
+from transport.messages import MAX_MESSAGE_BYTES, Cancelled, Decline
 from transport.zmq_tcp import ZmqTransport
 from transport.zmq_wire import decode_description, encode
 
@@ -100,7 +100,7 @@ def test_many_small_messages_are_never_mistaken_for_one_without_an_end() -> None
     with plane("a") as (a, lost), plane("b") as (b, heard):
         num_bytes, count = 0, 0
         while num_bytes < transport.control.LIMITS.connection_bytes * 2:
-            message = Cancelled(f"{count}-" + "x" * 3000)
+            message = Decline(str(count), "x" * 3000)
             until(lambda message=message: a.send(b.peer, message), what="room")  # type: ignore[misc]
             num_bytes, count = num_bytes + 3000, count + 1
         until(lambda: len(heard.envelopes) == count, what="all messages")
