@@ -17,6 +17,7 @@ from core.errors import ProtocolError
 from core.handoff import Role
 from core.topology import Heartbeat
 from proxy.admission import Admission
+from proxy.arrival import read
 from proxy.errors import ErrorAnswer, RequestRefused
 from proxy.labels import Labels
 from proxy.metrics import Metrics
@@ -65,7 +66,7 @@ class Control:
 
     async def post_instance(self, request: Request) -> Response:
         self._check_local(request)
-        body = await request.body()
+        body = await read(request, _MAX_HEARTBEAT_BYTES)
         try:
             check_signature(self._keys, request.headers.get(HEADER), body, SystemClock().unix_s())
         except ProtocolError as error:
@@ -73,8 +74,6 @@ class Control:
                 _log.warning("refused an instance at %s: %s", request.client.host if request.client else "?", error)
             raise RequestRefused(str(error), 403, code="other_keys") from error
         try:
-            if len(body) > _MAX_HEARTBEAT_BYTES:
-                raise ProtocolError(f"a heartbeat has at most {_MAX_HEARTBEAT_BYTES} bytes")
             beat = msgspec.json.decode(body, type=Heartbeat)
             self._registry.heartbeat(beat)
         except (msgspec.DecodeError, ProtocolError) as error:
