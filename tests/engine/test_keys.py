@@ -21,13 +21,16 @@ from transport.keys import make_keys
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 
+_SO_RCVBUFFORCE = 33
+
+
 class Sniffer:
-    """Every TCP payload that goes over loopback between ports that are asked for afterwards, by both ports."""
+    """Every TCP payload that goes over loopback, by both ports."""
 
     def __init__(self) -> None:
         self.payloads: list[tuple[int, int, bytes]] = []
         self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800))
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 20)
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 64 << 20)
         self._socket.bind(("lo", 0))
         self._socket.settimeout(0.1)
         self._is_closing = threading.Event()
@@ -57,11 +60,13 @@ class Sniffer:
 
 
 @contextmanager
-def sniffing() -> Iterator[Sniffer]:
+def sniffing() -> Iterator[Sniffer | None]:
+    """None where reading loopback's packets is not permitted."""
     try:
         sniffer = Sniffer()
     except PermissionError:
-        pytest.skip("reading loopback packets needs CAP_NET_RAW")
+        yield None
+        return
     try:
         yield sniffer
     finally:
@@ -76,16 +81,19 @@ def test_a_handoff_by_zmq_is_exact_and_with_keys_nothing_of_it_can_be_read(
     make_keys(tmp_path / "keys")
     seen: dict[str, bytes] = {}
     ids: dict[str, str] = {}
-    with sniffing() as sniffer:
-        for keys in ("", str(tmp_path / "keys")):
-            cluster = start("1P1D", transport="zmq", keys=keys)
+    for keys in ("", str(tmp_path / "keys")):
+        cluster = start("1P1D", transport="zmq", keys=keys)
+        with sniffing() as sniffer:
             answer = ask(cluster.url, body)
             entry = record(cluster.url, answer)
-            assert entry["outcome"] == "landed", entry
-            assert entry["path"]["transport"] == "zmq"
-            assert answer.outcome() == ask(plain.url, body).outcome()
-            ids[keys] = answer.request_id
+        assert entry["outcome"] == "landed", entry
+        assert entry["path"]["transport"] == "zmq"
+        assert answer.outcome() == ask(plain.url, body).outcome()
+        ids[keys] = answer.request_id
+        if sniffer is not None:
             seen[keys] = sniffer.between(wire_ports(cluster))
+    if not seen:
+        pytest.skip("tokens were equal; reading what went by needs CAP_NET_RAW and CAP_NET_ADMIN")
     (clear, sealed), (clear_id, sealed_id) = seen.values(), ids.values()
     assert min(len(clear), len(sealed)) > 1_000_000, "both moved the prompt's blocks over these ports"
     assert clear_id.encode() in clear
