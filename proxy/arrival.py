@@ -12,8 +12,9 @@ _FORWARDED = ("authorization", "x-api-key", "traceparent", "tracestate")
 _MAX_CLIENT_ID = 256
 
 
-async def read(request: Request, limit_bytes: int = MAX_BODY_BYTES) -> bytes:
-    """The body. Raises RequestRefused (413) beyond its bound, however much more would come."""
+async def read(request: Request, limit_bytes: int | None = None) -> bytes:
+    """The body. Raises RequestRefused (413) beyond its bound (MAX_BODY_BYTES unless told otherwise)."""
+    limit_bytes = MAX_BODY_BYTES if limit_bytes is None else limit_bytes
     chunks, num_bytes = [], 0
     async for chunk in request.stream():
         num_bytes += len(chunk)
