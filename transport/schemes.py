@@ -19,6 +19,7 @@ from transport.keys import Keys
 _MODULES = {
     "shm": "transport.shm",
     "zmq": "transport.zmq_tcp",
+    "cuda_ipc": "transport.cuda_ipc",
     "inproc": "transport.inproc",
 }
 SCHEMES = tuple(_MODULES)

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 import transport.outbox
-import transport.shm_link
+import transport.owner_socket
 from core.errors import TransferError
 from core.handoff import Peer
 from tests.poll import until
@@ -174,7 +174,7 @@ def test_a_control_listener_that_accepts_and_says_nothing(monkeypatch: pytest.Mo
 
 
 def test_an_shm_owner_that_accepts_and_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport.shm_link, "_TIMEVAL", struct.pack("ll", 0, 300_000))
+    monkeypatch.setattr(transport.owner_socket, "_TIMEVAL", struct.pack("ll", 0, 300_000))
     sender = Owned(ShmTransport())
     true = decode_shm(sender.transport.describe())
     before = _traces()
