@@ -33,11 +33,12 @@ prefix cache and has room for {engine} tokens; `prefix-large` has the others' ho
 conversation are the text's own. *Shorter* compares p50 with the same requests without any prefix cache; p99 is given
 for 100 requests or more.
 
-`peer` under workloads is two hosts on this machine, each with an engine and an arena of its own, each the other's peer
-over loopback. Requests go to them by turns, so half of what is reused was last asked of the other host; both engines
-compute on the same core, one at a time. Each host has what the one host of `disk` and `redis` has: an engine's cache,
-and an arena that holds less than `large` working sets (`host`'s holds far more), as with more each host would soon have
-a copy of its own. Nothing lies below the two arenas, and what both hosts have used takes room in both.
+`peer` under workloads is two hosts on this machine, each with an engine and an arena of its own, each the other's
+peer over loopback. Requests go to them by turns, so a good half of what is reused was last asked of the other host;
+both engines compute on the same core, one at a time. Each host has what the one host of `disk` and `redis` has: an
+engine's cache, and an arena that holds less than `large` working sets (`host`'s holds far more), as with more each
+host would soon have a copy of its own. Nothing lies below the two arenas, and what both hosts have used takes room in
+both.
 
 *LMCache* 0.5.6 in its server mode, with packages that its authors do not declare as a set (no CUDA): stores and loads
 are its CPU fallback, synchronous in the worker's step. **These are not LMCache's figures on a GPU.** Its chunks have

@@ -4,13 +4,14 @@
     client, request ┤                                        ║ TCP, both ways
                     └─ 1, 3, 5 ... ─▶ proxy ── engine ── cache server, 127.0.0.2
 
-So what a prompt shares with the last one of its family was asked of the other host as often as of this one. Both
-engines compute on the same core, as all engines here do: one client asks one thing at a time, so only one computes.
+So a good half of what is reused was last asked of the other host. Both engines compute on the same core, as all
+engines here do: one client asks one thing at a time, so only one computes.
 
 Memory model: each of the two has what the one host of `disk` and `redis` has: an engine's cache, and an arena that
-holds less than the larger working sets. With more, every host would have a copy of its own after one visit and need no
-peer. The tier below an arena is the other arena and nothing else, and a block that both hosts have used takes room in
-both: `peer` has twice the memory of `disk` and `redis` but no place beside it, and far less than `host`.
+holds less than the larger working sets. With more, a host would have a copy of its own after one visit, and half as
+much or less would come from the peer. The tier below an arena is the other arena and nothing else, and a block that
+both hosts have used takes room in both: `peer` has twice the memory of `disk` and `redis` but no place beside it, and
+far less than `host`.
 Threads: the caller's; what runs on hosts are processes of their own.
 """
 
