@@ -454,9 +454,9 @@ def test_options_reach_nixl_and_unknown_ones_are_refused() -> None:
         with pytest.raises(ConfigError, match=words):
             make_with("127.0.0.1", options).describe()
     with pytest.raises(ConfigError, match="no options"):
-        make_transport("zmq", "127.0.0.1", {"zmq": {}})
+        make_transport("zmq", "127.0.0.1", options={"zmq": {}})
     secret = {"nixl": {"secret": "s", "ucx": {"TLS": "tcp"}, "parameters": {"ucx_error_handling_mode": "none"}}}
-    sender, receiver = (Owned(make_transport("nixl", "127.0.0.1", secret), fill=i) for i in (1, 0))
+    sender, receiver = (Owned(make_transport("nixl", "127.0.0.1", options=secret), fill=i) for i in (1, 0))
     receiver.expect("t", [0])
     endpoint = sender.transport.connect(receiver.transport.describe())
     finish(endpoint.write("t", sender.blocks([0]), receiver.blocks([0])))
