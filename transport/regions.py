@@ -2,7 +2,7 @@
 
 Memory model: a `Span` is one byte range inside every block of a region. Nothing here owns memory; addresses are raw,
 so every block list passes `resolve` before its addresses are used.
-Threading: pure functions; the copy runs outside the interpreter lock (ctypes releases it).
+Threading: pure functions; large pieces are copied outside the interpreter lock (ctypes releases it).
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from transport.base import Blocks, Region
 
 MAX_TAG_CHARACTERS = 1024
 MAX_NOTICE_BYTES = 16 << 10
+
+LARGEST_ASSIGNED_BYTES = 32 << 10
+FEWEST_ASSIGNED = 4
 
 
 class Span(NamedTuple):
@@ -78,19 +81,45 @@ def is_run(ids: Sequence[int]) -> bool:
 
 
 def copy_pairs(source: Span, source_ids: Sequence[int], target: Span, target_ids: Sequence[int]) -> None:
-    """Copies block by block, or run by run where both sides are dense and consecutive."""
-    if not (source.is_dense() and target.is_dense()):
-        for source_id, target_id in zip(source_ids, target_ids, strict=True):
-            ctypes.memmove(target.address(target_id), source.address(source_id), source.num_bytes)
+    """Copies block by block, or run by run where both sides are dense and consecutive.
+
+    Many small pieces are assigned between two views, which costs half of a foreign call per piece; large ones are
+    copied by foreign calls, outside the interpreter lock.
+    """
+    if len(source_ids) != len(target_ids):
+        raise ValueError(f"{len(source_ids)} pieces cannot be copied to {len(target_ids)} places")
+    if not source_ids:
         return
-    index, count = 0, len(source_ids)
-    while index < count:
-        end = index + 1
-        while end < count and source_ids[end] == source_ids[end - 1] + 1 and target_ids[end] == target_ids[end - 1] + 1:
-            end += 1
-        num_bytes = (end - index) * source.num_bytes
-        ctypes.memmove(target.address(target_ids[index]), source.address(source_ids[index]), num_bytes)
-        index = end
+    size = source.num_bytes
+    cuts = _cuts(source_ids, target_ids) if source.is_dense() and target.is_dense() else range(1, len(source_ids))
+    from_stride, to_stride = source.region.stride, target.region.stride
+    if size > LARGEST_ASSIGNED_BYTES or len(cuts) < FEWEST_ASSIGNED:
+        from_start, to_start = source.address(0), target.address(0)
+        first = 0
+        for end in (*cuts, len(source_ids)):
+            from_address = from_start + source_ids[first] * from_stride
+            ctypes.memmove(to_start + target_ids[first] * to_stride, from_address, (end - first) * size)
+            first = end
+        return
+    from_bytes, to_bytes = _all_bytes(source), _all_bytes(target)
+    first = 0
+    for end in (*cuts, len(source_ids)):
+        from_at, to_at, num_bytes = source_ids[first] * from_stride, target_ids[first] * to_stride, (end - first) * size
+        to_bytes[to_at : to_at + num_bytes] = from_bytes[from_at : from_at + num_bytes]
+        first = end
+
+
+def _cuts(source_ids: Sequence[int], target_ids: Sequence[int]) -> list[int]:
+    """Where a new run begins, the first one not counted."""
+    pairs = list(zip(source_ids, target_ids, strict=True))
+    following = itertools.pairwise(pairs)
+    return [at for at, ((a, b), (c, d)) in enumerate(following, 1) if c != a + 1 or d != b + 1]
+
+
+def _all_bytes(span: Span) -> memoryview:
+    """From the span in the first block to its end in the last one."""
+    region = span.region
+    return view(span.address(0), (region.num_blocks - 1) * region.stride + span.num_bytes)
 
 
 def view(address: int, num_bytes: int) -> memoryview:
