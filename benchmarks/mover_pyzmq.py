@@ -8,6 +8,7 @@ No tags, no checks, no digests, no acknowledgement of single frames, no limit bu
 
 from __future__ import annotations
 
+import collections
 import struct
 
 import zmq
@@ -33,6 +34,7 @@ class PyzmqSender:
         self._words = self._context.socket(zmq.PULL)
         self._words.setsockopt(zmq.RCVTIMEO, _WAIT_MS)
         self._data.setsockopt(zmq.SNDTIMEO, _WAIT_MS)
+        self._under_way: collections.deque[tuple[zmq.MessageTracker, memoryview]] = collections.deque()
 
     def connect(self, description: bytes) -> None:
         data, words = description.decode().split()
@@ -45,7 +47,8 @@ class PyzmqSender:
             for first, last in frames(span, len(job.local_ids)):
                 header = struct.pack(f"{last - first + 1}I", layer, *job.remote_ids[first:last])
                 self._data.send(header, zmq.SNDMORE)
-                self._data.send(gather(span, job.local_ids[first:last]), copy=False)
+                payload = gather(span, job.local_ids[first:last], self._room)
+                self._under_way.append((self._data.send(payload, copy=False, track=True), payload))
 
     def finish(self) -> bool:
         try:
@@ -56,6 +59,14 @@ class PyzmqSender:
 
     def close(self) -> None:
         self._context.destroy(0)
+
+    def _room(self, num_bytes: int) -> memoryview:
+        """What ZMQ has sent is filled again: a new megabyte costs more than gathering into it."""
+        if self._under_way and self._under_way[0][0].done:
+            _, room = self._under_way.popleft()
+            if room.nbytes == num_bytes and not room.readonly:
+                return room
+        return memoryview(bytearray(num_bytes))
 
 
 class PyzmqReceiver:
