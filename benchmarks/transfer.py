@@ -55,11 +55,12 @@ def _measured(options: TransferOptions, command: str) -> Run:
     weights = [cell.weight * len(present) for each in rounds for cell in cells_of(each[0], sweep, each[1])]
     date = date_of(clock)
     with closing(Bar(sys.stderr, clock, sum(weights))) as bar:
-        measurement = Measurement(bar)
+        measurement = Measurement(bar, clock, sweep.seconds)
         for model, num_pairs in rounds:
             measurement.measure(model, sweep, num_pairs, present)
     missing = [Absence(system.name, "", system.why_not) for system in options.systems if system.why_not]
-    notes = [line for model in options.models for line in left_out(model, sweep)]
+    notes = ["note: the time was up before everything was measured"] if measurement.is_cut_short else []
+    notes += [line for model in options.models for line in left_out(model, sweep)]
     return Run(
         command=command,
         date=date,

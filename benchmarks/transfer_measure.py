@@ -24,6 +24,7 @@ from benchmarks.transfer_pair import Moved, Pair, awake, move
 from benchmarks.transfer_plan import Cell, Sweep, cells_of, pool_shape
 from benchmarks.transfer_results import Absence, Sample
 from benchmarks.transfer_systems import System
+from core.clock import Clock
 from core.errors import TransferError
 from transport.mapping import Mapping, make_memfd
 
@@ -31,11 +32,15 @@ from transport.mapping import Mapping, make_memfd
 class Measurement:
     """Keeps what was measured, and who could not be."""
 
-    def __init__(self, bar: Bar) -> None:
+    def __init__(self, bar: Bar, clock: Clock, seconds: float = 0.0) -> None:
+        """seconds: no turn begins later than this after now; 0: as long as it takes."""
         self._bar = bar
+        self._clock = clock
+        self._deadline_s = clock.monotonic_s() + seconds if seconds else float("inf")
         self._num_jobs = 0
         self.samples: list[Sample] = []
         self.absences: list[Absence] = []
+        self.is_cut_short = False
 
     def measure(self, model: KVModel, sweep: Sweep, num_pairs: int, systems: Sequence[System]) -> None:
         """One model with so many pairs."""
@@ -43,10 +48,13 @@ class Measurement:
         walks = Walk(shape.num_blocks, 1), Walk(shape.num_blocks, 2)
         with ExitStack() as stack:
             self._bar.show(f"{model.name}: filling memory")
-            memories = [stack.enter_context(_memories(shape, index)) for index in range(num_pairs)]
-            running = self._start(model, shape, systems, memories, stack)
+            caches = [stack.enter_context(memories(shape, index)) for index in range(num_pairs)]
+            running = self._start(model, shape, systems, caches, stack)
             for cell in cells_of(model, sweep, num_pairs):
                 for turn in range(-1, cell.num_turns):
+                    if self._clock.monotonic_s() > self._deadline_s:
+                        self.is_cut_short = True
+                        return
                     for name in turned(list(running), max(turn, 0)):
                         self._bar.show(f"{cell.model}, {cell.num_bytes / 1e6:,.1f} MB, {cell.grain}, {name}")
                         self._turn(cell, name, running, walks, is_timed=turn >= 0)
@@ -122,7 +130,7 @@ def _sample(cell: Cell, name: str, moved: Sequence[Moved]) -> Sample:
 
 
 @contextmanager
-def _memories(shape: PoolShape, seed: int) -> Iterator[tuple[int, int]]:
+def memories(shape: PoolShape, seed: int) -> Iterator[tuple[int, int]]:
     """A source and a target, every page present, as descriptors."""
     fds: list[int] = []
     try:

@@ -21,7 +21,7 @@ _BURST = 10
 
 class Sweep(msgspec.Struct, frozen=True):
     """blocks: payloads; 0 is one block of one layer. pairs: how many at the same time. memory_bytes: of one cache.
-    repeats: of every payload; 0: the fewer, the larger it is."""
+    repeats: of every payload; 0: the fewer, the larger it is. seconds: for all of it; 0: as long as it takes."""
 
     blocks: tuple[int, ...]
     grains: tuple[str, ...]
@@ -29,6 +29,7 @@ class Sweep(msgspec.Struct, frozen=True):
     block_size: int
     memory_bytes: int
     repeats: int = 0
+    seconds: float = 0.0
 
 
 class Cell(msgspec.Struct, frozen=True):
