@@ -1,4 +1,4 @@
-"""The owner's side of the shm transport: hands out the memfds, and hears who writes under which tag.
+"""The owner's side of memory shared on one host (shm, cuda_ipc): greets connectors, hears who writes under which tag.
 
     abstract socket ──▶ Writer (one per connection: its tags, whether it has hung up) ──▶ ShmLanding (one per tag)
 
@@ -18,6 +18,7 @@ import struct
 import threading
 import weakref
 from collections.abc import Callable
+from typing import NamedTuple
 
 from core.errors import TransferError
 from transport.landing import MAX_NOTICES
@@ -28,6 +29,13 @@ MAX_EARLY_TAGS = 1024
 MAX_EARLY_PACKETS = 16
 PACKETS_PER_TURN = 64
 _PEER_CREDENTIALS = struct.Struct("3i")
+
+
+class Greeting(NamedTuple):
+    """What a connector gets first: a word, and descriptors if the memory has any."""
+
+    word: bytes
+    fds: list[int]
 
 
 class Writer:
@@ -120,11 +128,11 @@ class Letterbox:
 
 
 class ShmListener:
-    """Listens on an abstract socket from construction until `close`. `memfds` is asked at each connection."""
+    """Listens on an abstract socket from construction until `close`. `greet` is asked at each connection."""
 
-    def __init__(self, box: Letterbox, memfds: Callable[[], list[int]]) -> None:
+    def __init__(self, box: Letterbox, greet: Callable[[], Greeting]) -> None:
         self._box = box
-        self._memfds = memfds
+        self._greet = greet
         self._writers: dict[int, Writer] = {}
         self.malformed = 0
         self.name = f"baton-{secrets.token_hex(16)}"
@@ -175,7 +183,8 @@ class ShmListener:
             connection.close()
             return
         try:
-            socket.send_fds(connection, [b"baton"], self._memfds())
+            greeting = self._greet()
+            socket.send_fds(connection, [greeting.word], greeting.fds)
         except OSError:
             connection.close()
             return
@@ -210,8 +219,18 @@ class ShmListener:
             writer.has_hung_up = True
 
 
+def peer_pid(connection: socket.socket) -> int:
+    """The process that holds the other end (that listened, where we connected); 0 in another process namespace."""
+    return _credentials(connection)[0]
+
+
 def peer_uid(connection: socket.socket) -> int:
     """The user who holds the other end."""
+    return _credentials(connection)[1]
+
+
+def _credentials(connection: socket.socket) -> tuple[int, int, int]:
+    """Process, user and group."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
-    uid = _PEER_CREDENTIALS.unpack(credentials)[1]
-    return int(uid)
+    pid, uid, gid = _PEER_CREDENTIALS.unpack(credentials)
+    return pid, uid, gid
