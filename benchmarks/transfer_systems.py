@@ -22,6 +22,8 @@ from transport.schemes import SCHEMES, unavailable
 MEMCPY = "memcpy"
 _ONE_PROCESS = ("inproc",)
 """Schemes that do not leave the process."""
+_ELSEWHERE = {"cuda_ipc": "its blocks are GPU memory, which is measured by: python -m benchmarks.cuda_ipc"}
+"""Schemes that cannot be set against copies of host memory."""
 
 
 class System(msgspec.Struct, frozen=True):
@@ -52,7 +54,8 @@ _MODULES = {
 
 def systems(mooncake: Path | None) -> list[System]:
     """All of them, memcpy first, then Baton's, those that cannot run here too."""
-    own = [System(scheme, True, unavailable(scheme)) for scheme in SCHEMES if scheme not in _ONE_PROCESS]
+    schemes = [scheme for scheme in SCHEMES if scheme not in _ONE_PROCESS]
+    own = [System(scheme, True, unavailable(scheme) or _ELSEWHERE.get(scheme, "")) for scheme in schemes]
     peers = [
         System("nixl-raw", why_not=mover_nixl.unavailable()),
         System(mover_nixl.TUNED, why_not=mover_nixl.unavailable(), environment=mover_nixl.TUNED_ENVIRONMENT),

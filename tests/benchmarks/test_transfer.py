@@ -76,6 +76,8 @@ def test_a_small_run_measures_every_system_by_turns_and_writes_its_files(
 def test_who_cannot_run_here_is_kept_with_the_reason_and_refused_by_name() -> None:
     known = {system.name: system for system in systems(None)}
     assert "scripts/mooncake_env" in known["mooncake"].why_not
+    assert known["cuda_ipc"].why_not, "no scheme of the registry is passed over in silence"
+    assert {"shm", "zmq"} <= {name for name, system in known.items() if system.is_baton and not system.why_not}
     with pytest.raises(ConfigError, match=r"--systems: mooncake cannot run here: .*scripts/mooncake_env"):
         parse(["--systems", "mooncake"])
 
