@@ -108,7 +108,9 @@ class Process:
             self._child.send_signal(number)
 
     def close(self) -> None:
-        """Ends it, at once if it does not leave by itself."""
+        """Ends it, at once if it does not leave by itself. May be called again."""
+        if self._errors.closed:
+            return
         self.signal(signal.SIGCONT)
         with suppress(TransferError):
             self.tell(Stop())

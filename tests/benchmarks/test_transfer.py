@@ -99,6 +99,7 @@ def test_a_stopped_process_moves_nothing_and_a_killed_one_is_named(fds: tuple[in
             pair.sender.signal(signal.SIGKILL)
             with pytest.raises(TransferError, match="tcp-raw's sender has ended"):
                 move([pair], [Job("b", (1,), (3,), 3)], 0.0)
+        pair.close()
 
 
 def test_no_turn_begins_when_the_time_is_up() -> None:
