@@ -1,4 +1,4 @@
-"""Mooncake's transfer engine as a peer of `baton bench transfer`: one synchronous batch of writes per write, over TCP.
+"""Mooncake's transfer engine as a peer of `baton bench transfer`: synchronous batches of writes, over TCP.
 
 Its packages lie in a folder of their own (`scripts/mooncake_env FOLDER`) that only these processes see. The receiver
 learns of nothing (Mooncake's users send a message of their own afterwards), so the sender's end is the job's end.
@@ -20,6 +20,9 @@ from core.errors import ConfigError, TransferError
 from engine.instance import source_path
 
 VERSION = "0.3.13.post1"
+_MOST_PIECES = 1024
+"""Its TCP transport refuses batches of several thousand: its queue is full."""
+
 _LIBRARIES = ("system/usr/lib/x86_64-linux-gnu", "system/lib/x86_64-linux-gnu")
 
 
@@ -63,10 +66,12 @@ class MooncakeSender:
     def write(self, job: Job, layers: range, *, is_last: bool) -> None:
         sources = [self._pool.address_of(layer, each) for layer in layers for each in job.local_ids]
         targets = [self._target.address_of(layer, each) for layer in layers for each in job.remote_ids]
-        sizes = [self._pool.shape.piece_bytes] * len(sources)
-        code = self._engine.batch_transfer_sync_write(self._peer, sources, targets, sizes)
-        if code != 0:
-            raise TransferError(f"Mooncake's engine failed with {code}")
+        for at in range(0, len(sources), _MOST_PIECES):
+            batch = sources[at : at + _MOST_PIECES], targets[at : at + _MOST_PIECES]
+            sizes = [self._pool.shape.piece_bytes] * len(batch[0])
+            code = self._engine.batch_transfer_sync_write(self._peer, *batch, sizes)
+            if code != 0:
+                raise TransferError(f"Mooncake's engine failed with {code}")
 
     def finish(self) -> bool:
         return True

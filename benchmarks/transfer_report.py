@@ -28,7 +28,7 @@ all is there; Baton's transports check every block list, and over zmq digest eve
   the fastest set-up found on CPUs (UCX_TLS=posix,self, no error handling).
 * ucxx-raw, pyzmq-raw: pieces of one layer gathered into frames of 1 MiB at most, sent, scattered into place, as Baton's
   transports do. tcp-raw: one socket, pieces gathered and scattered by the kernel.
-* mooncake: its transfer engine over TCP, one synchronous batch per write."""
+* mooncake: its transfer engine over TCP, synchronous batches of at most 1,024 pieces."""
 
 
 def markdown(run: Run, picture: str = "") -> str:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from core.errors import TransferError
 from transport.base import Blocks, Region
 from transport.digest import bytes_digest
-from transport.regions import Span, resolve, view
+from transport.regions import Span, known_view, resolve
 
 MAX_CLOSED_TAGS = 4096
 MAX_PIECES_PER_BLOCK = 1024
@@ -105,7 +105,7 @@ class CountedLanding:
         region = span.region
         is_whole = span.num_bytes == region.block_bytes
         complete = block_ids if is_whole else [each for each in block_ids if self._is_complete(span, each)]
-        memory = view(region.address, (region.num_blocks - 1) * region.stride + region.block_bytes)
+        memory = known_view(region.address, (region.num_blocks - 1) * region.stride + region.block_bytes)
         positions, stride, size = self._positions[region.id], region.stride, region.block_bytes
         for block_id in complete:
             pair, at = (region.id, block_id), block_id * stride
