@@ -81,7 +81,7 @@ def _parser() -> Parser:
     parser.add_argument("--systems", metavar="NAME,...", help="beside memcpy (all that can run here)")
     parser.add_argument("--mooncake", metavar="FOLDER", help="Mooncake's engine, made by scripts/mooncake_env FOLDER")
     parser.add_argument("--memory", metavar="SIZE", default=MEMORY, help=f"of each KV cache; a pair has 3 ({MEMORY})")
-    parser.add_argument("--repeats", metavar="N", help="of each payload (100 to 7, fewer of large ones)")
+    parser.add_argument("--repeats", metavar="N", help="of each payload (100 to 5, fewer of large ones)")
     parser.add_argument("--inside", action="store_true", help="in a running 1P1D: from the last layer to Landed")
     parser.add_argument("--out", metavar="FILE.json", help="everything raw")
     parser.add_argument("--markdown", metavar="FILE", help="a results file; in a folder: [theme]_[hardware]_[date].md")

@@ -13,8 +13,8 @@ GRAINS = ("end", "layer")
 KV_BYTES_PER_S = 1.5e9
 """How fast a layer's KV is computed where each layer is written when it is there: 8 B parameters at 11,000 tokens/s."""
 
-_REPEATS = ((8e6, 100), (64e6, 25), (400e6, 11))
-_FEWEST_REPEATS = 7
+_REPEATS = ((8e6, 100), (64e6, 15), (400e6, 7))
+_FEWEST_REPEATS = 5
 _BURST_BYTES = 8e6
 _BURST = 10
 
