@@ -19,7 +19,7 @@ from cluster.ports import LOOPBACK
 from core.errors import TransferError
 from transport.regions import Span
 from transport.zmq_transfer import gather, scatter
-from transport.zmq_wire import FRAME_BYTES
+from transport.zmq_wire import FRAME_BYTES, WINDOW_BYTES
 
 _WAIT_MS = int(WAIT_S * 1000)
 
@@ -61,9 +61,11 @@ class PyzmqSender:
         self._context.destroy(0)
 
     def _room(self, num_bytes: int) -> memoryview:
-        """What ZMQ has sent is filled again: a new megabyte costs more than gathering into it."""
-        if self._under_way and self._under_way[0][0].done:
-            _, room = self._under_way.popleft()
+        """What ZMQ has sent is filled again: a new megabyte costs more than gathering into it. As many frames are under
+        way as Baton allows itself."""
+        if len(self._under_way) >= WINDOW_BYTES // FRAME_BYTES:
+            tracker, room = self._under_way.popleft()
+            tracker.wait(WAIT_S)
             if room.nbytes == num_bytes and not room.readonly:
                 return room
         return memoryview(bytearray(num_bytes))
