@@ -149,11 +149,13 @@ class Pair:
         )
 
     def connect(self) -> None:
-        """Waits for both to be ready, and puts them to sleep."""
+        """Waits for both to be ready, moves a piece, since some connect only then and within a deadline, and puts them to
+        sleep."""
         description = self.receiver.hear(Ready).description
         self.sender.hear(Ready)
         self.sender.tell(Connect(description))
         self.sender.hear(Ready)
+        move([self], [Job("hello", (0,), (0,), 1)], 0.0)
         self.signal(signal.SIGSTOP)
 
     def check(self, job: Job) -> None:
