@@ -26,6 +26,7 @@ from core.errors import TransferError
 
 WAIT_S = 60.0
 _PAUSE_SHARE = 0.02
+_SHORTEST_PAUSE_S = 5e-6
 _LONGEST_PAUSE_S = 1e-3
 _PR_SET_TIMERSLACK = 29
 
@@ -92,7 +93,7 @@ class Pause:
         waited_s = time.monotonic() - self._begun_s
         if waited_s > WAIT_S:
             raise TransferError(f"waited {WAIT_S:.0f} s in vain until {self._what}")
-        time.sleep(min(waited_s * _PAUSE_SHARE, _LONGEST_PAUSE_S))
+        time.sleep(min(max(waited_s * _PAUSE_SHARE, _SHORTEST_PAUSE_S), _LONGEST_PAUSE_S))
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:

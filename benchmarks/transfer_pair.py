@@ -149,8 +149,8 @@ class Pair:
         )
 
     def connect(self) -> None:
-        """Waits for both to be ready, moves a piece, since some connect only then and within a deadline, and puts them to
-        sleep."""
+        """Waits for both to be ready, moves a piece, since some connect only then, within a deadline of their own, and
+        puts them to sleep."""
         description = self.receiver.hear(Ready).description
         self.sender.hear(Ready)
         self.sender.tell(Connect(description))
