@@ -50,7 +50,7 @@ class Cell(msgspec.Struct, frozen=True):
 
     @property
     def burst(self) -> int:
-        """How many are timed in one turn of a system, after one that is not; 1: that one alone."""
+        """How many are timed in one turn of a system."""
         return min(_BURST, self.repeats) if self.num_bytes <= _BURST_BYTES else 1
 
     @property

@@ -15,8 +15,8 @@ from benchmarks.transfer_table import absence_lines, explanation, markdown_table
 
 _HOW = """\
 Every system has a sender and a receiver in processes of their own, which sleep (SIGSTOP) while another is measured;
-systems take turns, beginning with another one each time, so that noise hits all alike. A turn is one transfer; of
-payloads under 8 MB one that is not timed and ten that are, so that code is warm and blocks are not. All move pieces
+systems take turns, beginning with another one each time, so that noise hits all alike. A turn is a transfer of four
+blocks at most that is not timed, so that code is warm, and one that is; ten of payloads under 8 MB. All move pieces
 (one block of one layer) between the same two memories with block numbers in random order on both sides, handed out so
 that no block comes back before every other one was used: none is in the processor's caches (the size of the last-level
 cache stands above; a cloud's guest has a share of it). The first job of each payload is not timed: its target is
