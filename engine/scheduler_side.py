@@ -89,14 +89,15 @@ class SchedulerSide:
         self._receiver = Receiver(self.me, offer, self._ports, self._accounts, settings.limits)
         self._correspondence.introduce(self._sender, self._receiver)
         if settings.join:
-            self._join = JoinThread(settings.join, self._info)
+            self._join = JoinThread(settings.join, self._info, settings.read_keys())
         names = ", ".join(scheme for scheme, _ in handshake.schemes)
         _log.info(
-            "baton instance %s (%s): control %s, transports %s",
+            "baton instance %s (%s): control %s, transports %s, %s",
             self.me.name,
             settings.role.value,
             self.me.control,
             names,
+            "encrypted" if settings.keys else "not encrypted",
         )
 
     def watch_pool(self, free_blocks: Callable[[], int]) -> None:

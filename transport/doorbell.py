@@ -5,6 +5,7 @@ Memory model: one eventfd. Threading: `ring` and `close` from any thread, also a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 
@@ -17,17 +18,20 @@ class Doorbell:
         self.is_closed = False
         self._lock = threading.Lock()
         self._is_free = False
+        self._is_rung = False
 
     def ring(self) -> None:
+        """Wakes the thread, unless it was rung and has not answered yet: what is queued now it will see then."""
         with self._lock:
-            if not self._is_free:
+            if not (self._is_free or self._is_rung):
+                self._is_rung = True
                 os.eventfd_write(self.fd, 1)
 
     def answer(self) -> None:
-        try:
+        """Before looking at any queue."""
+        with self._lock, contextlib.suppress(BlockingIOError):
+            self._is_rung = False
             os.eventfd_read(self.fd)
-        except BlockingIOError:
-            return
 
     def close(self) -> None:
         self.is_closed = True

@@ -51,6 +51,11 @@ class OwnerSocket:
         self._socket.setblocking(False)
         return word, fds
 
+    @property
+    def fd(self) -> int:
+        """Of the connection."""
+        return self._socket.fileno()
+
     def is_alive(self) -> bool:
         """False once the owner has hung up or died."""
         try:

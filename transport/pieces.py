@@ -116,14 +116,19 @@ def lie_together(span: Span, ids: Sequence[int]) -> bool:
     return len(ids) == 1 or (span.is_dense() and is_run(ids))
 
 
-def gather(span: Span, ids: Sequence[int]) -> memoryview:
-    """The span's bytes of these blocks, one after the other; without a copy where they lie like that."""
+def _new_room(num_bytes: int) -> memoryview:
+    return memoryview(bytearray(num_bytes))
+
+
+def gather(span: Span, ids: Sequence[int], room: Callable[[int], memoryview] = _new_room) -> memoryview:
+    """The span's bytes of these blocks, one after the other; without a copy where they lie like that. room: makes
+    memory of a size."""
     if lie_together(span, ids):
         return view(span.address(ids[0]), len(ids) * span.num_bytes)
-    gathered = bytearray(len(ids) * span.num_bytes)
+    gathered = room(len(ids) * span.num_bytes)
     target = _packed(ctypes.addressof(ctypes.c_char.from_buffer(gathered)), span.num_bytes, len(ids))
     copy_pairs(span, ids, target, range(len(ids)))
-    return memoryview(gathered)
+    return gathered
 
 
 def scatter(payload: bytearray | memoryview, span: Span, ids: Sequence[int]) -> None:

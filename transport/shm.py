@@ -100,7 +100,7 @@ class ShmTransport:
             raise TransferError("the peer's memory is on another host, or in another container")
         if parsed.uid != os.getuid():
             raise TransferError(f"the peer runs as user {parsed.uid}, we as {os.getuid()}")
-        return ShmEndpoint(self._regions, parsed)
+        return ShmEndpoint(self._regions, parsed, self._listener)
 
     def expect(self, tag: str, blocks: Sequence[Blocks]) -> ShmLanding:
         check_words(tag, None)

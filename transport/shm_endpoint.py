@@ -5,7 +5,8 @@
 Memory model: no copy runs but under the endpoint's lock, and `close` unmaps under the same lock.
 Threading: a short-lived thread connects and then carries out the writes that waited for it. Afterwards a write is
 carried out within `write`, which hears of an owner that is gone only where it says something to it (the opening and
-the notice); `poll` and `failure` ask. Only where the owner does not empty its socket does a write wait, for `poll`.
+the notice); `poll` and `failure` ask, and the transport's listener tells at once, so that the memory of a dead owner is
+not kept. Only where the owner does not empty its socket does a write wait, for `poll`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transport.base import Blocks, Region, TransferState
 from transport.order import Order, order_read, order_write
 from transport.regions import copy_pairs
 from transport.shm_link import ShmLink
+from transport.shm_listener import ShmListener
 from transport.shm_wire import Finished, ShmDescription
 
 
@@ -50,11 +52,15 @@ class ShmTransfer:
 
 
 class ShmEndpoint:
-    """One owner's memory. `regions` is the transport's table of our own regions."""
+    """One owner's memory. `regions` is the transport's table of our own regions; its listener, where it has one, tells
+    at once of an owner that is gone, so that its memory is not kept."""
 
-    def __init__(self, regions: Mapping[int, Region], description: ShmDescription) -> None:
+    def __init__(
+        self, regions: Mapping[int, Region], description: ShmDescription, listener: ShmListener | None = None
+    ) -> None:
         self._regions = regions
         self._remote = {region.id: region.at(0) for region in description.regions}
+        self._listener = listener
         self._lock = threading.Lock()
         self._link: ShmLink | None = None
         self._is_ready = False
@@ -113,6 +119,8 @@ class ShmEndpoint:
                 link.close()
                 return
             self._link = link
+            if self._listener is not None:
+                self._listener.watch(link.owner.fd, self._hung_up)
         while not self._drain_one(link):
             pass
 
@@ -155,6 +163,9 @@ class ShmEndpoint:
             return True
         return link.owner.send(Finished(order.tag, order.notice))
 
+    def _hung_up(self) -> None:
+        self._fail("the peer hung up")
+
     def _fail(self, why: str) -> None:
         with self._lock:
             self._end(why)
@@ -166,5 +177,7 @@ class ShmEndpoint:
             transfer.fail(self._why_failed)
         self._waiting.clear()
         if self._link is not None:
+            if self._listener is not None:
+                self._listener.unwatch(self._link.owner.fd)
             self._link.close()
             self._link = None

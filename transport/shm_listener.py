@@ -4,12 +4,14 @@
 
 Memory model: landings are held by whoever opened them and only weakly here, so that a closed landing still learns
 that its writer has hung up. Words for tags without a landing wait, bounded, until `expect` asks for them.
-Threading: one thread runs `_Listener.run`; `Letterbox`'s lock guards what it shares with the engine's thread.
+Threading: one thread runs `_Listener.run`; `Letterbox`'s lock guards what it shares with the engine's thread. It also
+watches the connections that this process has made to other owners, so that a dead owner's memory is let go at once.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import secrets
 import select
@@ -134,6 +136,7 @@ class ShmListener:
         self._box = box
         self._greet = greet
         self._writers: dict[int, Writer] = {}
+        self._watched: dict[int, Callable[[], object]] = {}
         self.malformed = 0
         self.name = f"baton-{secrets.token_hex(16)}"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -148,6 +151,19 @@ class ShmListener:
         self._pause.register(self._stop_fd, select.POLLIN)
         self._thread = threading.Thread(target=self._run, name="baton-shm", daemon=True)
         self._thread.start()
+
+    def watch(self, fd: int, on_hang_up: Callable[[], object]) -> None:
+        """Calls once, on the thread, when the other end of a connection of ours has hung up, unless `unwatch` comes
+        before the connection is closed here."""
+        self._watched[fd] = on_hang_up
+        with contextlib.suppress(OSError, ValueError):  # the listener is closed
+            self._epoll.register(fd, select.EPOLLRDHUP | select.EPOLLONESHOT)
+
+    def unwatch(self, fd: int) -> None:
+        """See `watch`."""
+        self._watched.pop(fd, None)
+        with contextlib.suppress(OSError, ValueError):
+            self._epoll.unregister(fd)
 
     def close(self) -> None:
         """Hangs up on everyone. Mappings that peers hold stay with them."""
@@ -167,8 +183,10 @@ class ShmListener:
                     return
                 if fd == self._socket.fileno():
                     self._accept()
-                else:
+                elif fd in self._writers:
                     self._hear(self._writers[fd], bool(events & select.EPOLLHUP))
+                elif (on_hang_up := self._watched.pop(fd, None)) is not None:
+                    on_hang_up()
 
     def _accept(self) -> None:
         try:

@@ -19,6 +19,7 @@ import zmq
 
 from core.errors import TransferError
 from transport.base import Blocks, Region
+from transport.doorway import Doorway
 from transport.landing import Inbox
 from transport.parking import PARKING_TIMEOUT_S, Parking
 from transport.regions import resolve
@@ -26,6 +27,7 @@ from transport.zmq_transfer import gather, scatter
 from transport.zmq_wire import (
     FRAME_BYTES,
     MAX_FRAMES_IN_FLIGHT,
+    WINDOW_BYTES,
     Ack,
     Answer,
     Ask,
@@ -41,6 +43,8 @@ from transport.zmq_wire import (
 
 MAX_PEERS = 4096
 MESSAGES_PER_TURN = 64
+MAX_UNANSWERED_BYTES = WINDOW_BYTES // 8
+"""Within a turn: a sender whose window is full waits for the answers."""
 _PARKED_COST_BYTES = 512
 
 
@@ -63,8 +67,9 @@ class _Parked(NamedTuple):
 class ZmqReceiver:
     """Everything that arrives at one ROUTER."""
 
-    def __init__(self, router: zmq.Socket[bytes], token: str, regions: Mapping[int, Region], inbox: Inbox) -> None:
-        self._router = router
+    def __init__(self, doorway: Doorway, token: str, regions: Mapping[int, Region], inbox: Inbox) -> None:
+        self._doorway = doorway
+        self._router = doorway.listener
         self._token = token.encode()
         self._regions = regions
         self._inbox = inbox
@@ -81,12 +86,20 @@ class ZmqReceiver:
         """Takes some messages, applies what was parked for tags that are expected now, answers."""
         self._unpark(now_s)
         if is_readable:
+            num_bytes = 0
             for _ in range(MESSAGES_PER_TURN):
                 parts = self._next_message()
                 if parts is None:
                     break
                 if not self._handle(parts, now_s):
                     self.malformed += 1
+                num_bytes += sum(map(len, parts))
+                if num_bytes > MAX_UNANSWERED_BYTES:
+                    num_bytes = 0
+                    self._send_acks()
+        self._send_acks()
+
+    def _send_acks(self) -> None:
         for identity, numbers in self._acks.items():
             self._reply(identity, Ack(numbers))
         self._acks.clear()
@@ -99,10 +112,14 @@ class ZmqReceiver:
         except zmq.Again:
             return None
         parts.append(part)
+        num_bytes, num_parts = 0, 0
         while part.more:
             part = self._router.recv(zmq.NOBLOCK, copy=False)
+            num_bytes, num_parts = num_bytes + len(part), num_parts + 1
             if len(parts) < 4:
                 parts.append(part)
+        if num_parts:  # the first part is the connection's name, which did not come over the line
+            self._doorway.took(part, num_bytes, num_parts)
         return parts
 
     def _handle(self, parts: list[zmq.Frame], now_s: float) -> bool:
