@@ -128,11 +128,17 @@ class UcxLink:
     def fail(self, why: str) -> None:
         """Lets UCX let go of all memory, then ends every transfer; the link is over."""
         self.why_failed = self.why_failed or why
-        if self._line is not None:
-            self._line.close()
-        for sent in self._window.frames.values():
-            sent.transfer.fail(self.why_failed)
-        self._window = _Window()
+        line, self._line = self._line, None
+        sent, self._window = list(self._window.frames.values()), _Window()
+
+        def end() -> None:
+            for each in sent:
+                each.transfer.fail(self.why_failed)
+
+        if line is None:
+            end()
+        else:
+            line.close(end)
         while self._orders.queue:
             self._orders.queue.popleft().fail(self.why_failed)
 
@@ -263,12 +269,18 @@ class _Line:
             scatter(gathered_or_none, span, ids)
         return True
 
-    def close(self) -> None:
-        """UCX lets go of all memory of this connection."""
+    def close(self, then: Callable[[], None]) -> None:
+        """UCX lets go of all memory of this connection; `then` is called afterwards."""
         self.socket.close()
-        if self.peer is not None:
-            self.peer.close()
-        self.worker.discard_all(self._id)
+
+        def bury() -> None:
+            self.worker.discard_all(self._id)
+            then()
+
+        if self.peer is None:
+            bury()
+        else:
+            self.peer.close([self._running[0]] if self._running is not None else [], bury)
 
 
 class _Window:

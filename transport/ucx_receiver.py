@@ -41,7 +41,6 @@ PAYLOAD_TIMEOUT_S = 10.0
 
 MAX_WAITING_FRAMES = 4 * MAX_FRAMES_IN_FLIGHT
 MAX_RUNNING = 16
-MAX_CLOSING_TURNS = 1000
 _PARKED_COST_BYTES = 512
 
 
@@ -155,16 +154,15 @@ class UcxCaller:
             self.socket.say(Refusal(why[:1024]))
 
     def close(self) -> None:
-        """Nothing of it will be written any more. What the library does not let go of stays held in its landing, which
-        then never closes: blocks are lost rather than given to two."""
+        """Begins nothing any more. What is being received comes to its end, and is held in its landing so long."""
         self.socket.close()
+        self.waiting.clear()
         if self._peer is not None:
-            self._peer.close()
-        for _ in range(MAX_CLOSING_TURNS):
-            self._finish()
-            if not self._running:
-                break
-            self._receiver.worker.progress()
+            peer, self._peer = self._peer, None
+            peer.close([running.request for running in self._running], self._bury)
+
+    def _bury(self) -> None:
+        self._finish()
         self._receiver.worker.discard_all(self._id)
 
     def _greet(self, greeting: Hello | Welcome | Refusal) -> None:

@@ -16,6 +16,7 @@ import os
 import secrets
 import select
 import threading
+import time
 
 from core.clock import Clock
 from core.errors import BatonError, TransferError
@@ -33,6 +34,10 @@ IDLE_TURNS = 10
 DEADLINE_CHECK_S = 0.1
 TICK_S = 1.0
 """An idle thread looks around once a second: UCX itself checks its connections then."""
+
+MAX_LAST_TURNS = 100
+LAST_TURN_S = 0.01
+"""For how long a closing transport waits for receives that the library has begun."""
 
 BATCHES_PER_TURN = 64
 MAX_CALLERS = 256
@@ -103,6 +108,13 @@ class UcxThread:
                 _log.exception("ucx transport: a turn failed; every connection is ended")
                 self._end_all("the ucx transport has failed, see its log")
         self._end_all("the transport is closed")
+        for _ in range(MAX_LAST_TURNS):
+            if not self._worker.is_ending():
+                break
+            self._worker.progress()
+            self._worker.reap()
+            time.sleep(LAST_TURN_S)
+        self._worker.abandon()
         self._epoll.close()
         self._door.close()
 
@@ -111,7 +123,7 @@ class UcxThread:
         self._worker.sweep(self._parts.ids())
         if not self._worker.arm():
             return 0
-        return DEADLINE_CHECK_S if self._parts.have_deadlines() else TICK_S
+        return DEADLINE_CHECK_S if self._parts.have_deadlines() or self._worker.is_ending() else TICK_S
 
     def _turn(self, ready: set[int]) -> None:
         """One look at everything."""
@@ -125,6 +137,7 @@ class UcxThread:
         if self._door.fileno() in ready:
             self._accept(now_s)
         self._take_controls()
+        self._worker.reap()
         self._parts.receiver.unpark(now_s)
         for id_, link in list(self._parts.links.items()):
             if not link.turn(now_s, self._parts.sockets[id_].fileno() in ready):

@@ -4,7 +4,7 @@
     UcxPeer     one endpoint: batches of frames out, payloads out; everything ends with `close`
 
 Memory model: a message waits in UCX's own memory until it is received; a received one is copied at once into the
-memory given for it. What is being sent must stay as it is until it has left, or until `UcxPeer.close` has returned.
+memory given for it. What is being sent must stay as it is until it has left, or until the peer is closed.
 UCX keeps whatever an endpoint sends that nobody asked for; `sweep` throws away what no connection of ours will take.
 Threading: the transport's I/O thread alone.
 """
@@ -12,7 +12,7 @@ Threading: the transport's I/O thread alone.
 from __future__ import annotations
 
 import collections
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any, NamedTuple
 
 from core.errors import TransferError
@@ -62,6 +62,7 @@ class UcxWorker:
         self._control_array = array(self._control)
         self._sink = array(bytearray(MAX_MESSAGE_BYTES))
         self._running_control: tuple[Any, int, int] | None = None
+        self._ending: list[_Ending] = []
 
     def progress(self) -> bool:
         """Lets UCX do what can be done now; whether that was anything."""
@@ -118,6 +119,32 @@ class UcxWorker:
             if not self._throw_away(id_ << ID_SHIFT, ID_MASK, ()):
                 return
 
+    def end(self, endpoint: Any, receives: list[Any], then: Callable[[], None]) -> None:
+        """Closes an endpoint, at once if nothing is being received from it; `then` is called afterwards.
+
+        UCX has crashed where an endpoint was closed in the middle of a rendezvous, so such a receive comes to its end
+        first: by its data, or by the error that tells of the peer's end.
+        """
+        self._ending.append(_Ending(endpoint, receives, then))
+        self.reap()
+
+    def reap(self) -> None:
+        """Closes endpoints whose receives have ended meanwhile."""
+        for ending in list(self._ending):
+            if all(request.completed for request in ending.receives):
+                self._ending.remove(ending)
+                ending.endpoint.close_blocking()
+                ending.then()
+
+    def is_ending(self) -> bool:
+        """Whether endpoints wait for their last receives."""
+        return bool(self._ending)
+
+    def abandon(self) -> None:
+        """Endpoints that still receive are never closed: their memory stays UCX's for the life of this process."""
+        _abandoned.extend(self._ending)
+        self._ending.clear()
+
     def sweep(self, known: Container[int]) -> int:
         """Throws away what came late for connections that are over; how many."""
         count = 0
@@ -136,11 +163,23 @@ class UcxWorker:
         return self._library.UCXXTag(tag), self._library.UCXXTagMask(mask)
 
 
+class _Ending(NamedTuple):
+    """An endpoint that is closed as soon as nothing is received from it any more."""
+
+    endpoint: Any
+    receives: list[Any]
+    then: Callable[[], None]
+
+
+_abandoned: list[_Ending] = []
+
+
 class UcxPeer:
     """The way to one peer. id_: under which it wants to be written to. Raises TransferError if there is none."""
 
     def __init__(self, worker: UcxWorker, address: bytes, id_: int) -> None:
         self._library = load()
+        self._worker = worker
         self._id = id_
         self._endpoint = worker.connect(address)
         self._sends: collections.deque[tuple[Any, object]] = collections.deque()
@@ -183,10 +222,9 @@ class UcxPeer:
         """Whether something has not left yet."""
         return bool(self._sends)
 
-    def close(self) -> None:
-        """Ends everything; what was being sent may be changed afterwards."""
-        self._endpoint.close_blocking()
-        self._sends.clear()
+    def close(self, receives: list[Any], then: Callable[[], None]) -> None:
+        """Ends it once these receives from it have ended, then calls `then`: what was being sent may be changed."""
+        self._worker.end(self._endpoint, receives, then)
 
     def _send(self, what: Any, tag: int, keep: object) -> None:
         try:

@@ -52,4 +52,4 @@ class Stranger:
 
     def close_at_once(self) -> None:
         self._socket.close()
-        self._peer.close()
+        self._peer.close([], lambda: None)
