@@ -18,10 +18,10 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     name: for people and metrics; unique behind one proxy. role: what the proxy routes to it.
     url: where this instance's OpenAI server answers; join: the proxy to register with (empty: none).
     host: interface that control and data sockets bind to; loopback unless told otherwise.
-    transport: auto, shm or zmq. full_digest: every byte counts in the digest also over shm.
+    transport: auto, or one of transport/schemes.py. full_digest: every byte counts in the digest also over shm.
     audit: fill blocks with a pattern before asking for them, and count afterwards what was not written.
     cache: the socket of the host's cache server; empty: KV is kept in the engine alone.
-    fault, faulty: for tests of recovery, see transport/faultpoint.py and transport/faulty.py.
+    fault, faulty: for tests of recovery, see transport/faultpoint.py and transport/faulty.py (for all, or by scheme).
     """
 
     name: str = "baton"
@@ -34,7 +34,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     audit: bool = False
     limits: Limits = Limits()
     fault: Fault | None = None
-    faulty: dict[str, int] = {}
+    faulty: dict[str, Any] = {}
     cache: str = ""
 
     @classmethod

@@ -18,13 +18,15 @@ from urllib.parse import urlsplit
 import msgspec
 
 from core.errors import ConfigError
+from core.handoff import Peer
 from core.report import Report
-from core.topology import Heartbeat, InstanceInfo
+from core.topology import Heartbeat, InstanceInfo, Welcome
 
 HEARTBEAT_INTERVAL_S = 1.0
 REQUEST_TIMEOUT_S = 1.0
 MAX_QUEUED_REPORTS = 10_000
 MAX_REPORTS_PER_HEARTBEAT = 1_000
+MAX_ANSWER_BYTES = 1 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -50,11 +52,18 @@ class JoinThread:
     """Joins at once, then heartbeats until closed.
 
     info: called on the thread before each heartbeat; says what the instance is and how loaded it is.
+    on_peers: called on the thread after each answer, with the instances that may send to this one.
     """
 
-    def __init__(self, proxy_url: str, info: Callable[[], InstanceInfo]) -> None:
+    def __init__(
+        self,
+        proxy_url: str,
+        info: Callable[[], InstanceInfo],
+        on_peers: Callable[[list[Peer]], None] = lambda peers: None,
+    ) -> None:
         self._address = parse_proxy_url(proxy_url)
         self._info = info
+        self._on_peers = on_peers
         self._reports: collections.deque[Report] = collections.deque(maxlen=MAX_QUEUED_REPORTS)
         self._wake = threading.Condition()
         self._closing = False
@@ -104,7 +113,9 @@ class JoinThread:
             batch = [self._reports[i] for i in range(min(len(self._reports), MAX_REPORTS_PER_HEARTBEAT))]
             leaving = self._leaving
         try:
-            status = self._post(msgspec.json.encode(Heartbeat(self._info(), batch, leaving)))
+            status, answer = self._post(msgspec.json.encode(Heartbeat(self._info(), batch, leaving)))
+            if status == 200:
+                self._on_peers(msgspec.json.decode(answer, type=Welcome).peers)
         except Exception:  # noqa: BLE001 - `info` belongs to the engine; a dead thread would make a live instance look dead
             _log.exception("heartbeat failed")
             return False
@@ -122,8 +133,8 @@ class JoinThread:
                 if self._reports and self._reports[0] is sent:
                     self._reports.popleft()
 
-    def _post(self, body: bytes) -> int | None:
-        """The answer's status, or None without one. A kept connection that the proxy has closed is renewed once."""
+    def _post(self, body: bytes) -> tuple[int | None, bytes]:
+        """The answer's status and body; no status without one. A kept connection that was closed is renewed once."""
         for _ in range(2):
             fresh = self._connection is None
             if self._connection is None:
@@ -131,13 +142,12 @@ class JoinThread:
             try:
                 self._connection.request("POST", "/instances", body, {"Content-Type": "application/json"})
                 response = self._connection.getresponse()
-                response.read()
-                return response.status
+                return response.status, response.read(MAX_ANSWER_BYTES)
             except (OSError, http.client.HTTPException) as error:
                 self._disconnect()
                 if fresh or isinstance(error, TimeoutError):
-                    return None
-        return None
+                    return None, b""
+        return None, b""
 
     def _disconnect(self) -> None:
         if self._connection is not None:

@@ -9,6 +9,7 @@ Memory and threading: none of its own.
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Protocol, cast
 
 from core.errors import ConfigError
@@ -20,6 +21,49 @@ _MODULES = {
     "inproc": "transport.inproc",
 }
 SCHEMES = tuple(_MODULES)
+
+NEVER_MEASURED = frozenset({"cuda_ipc"})
+"""Schemes without a results file from the hardware they are for: taken when pinned by hand, never by themselves."""
+
+_FOR_FAST_HARDWARE = frozenset({"nixl", "ucx"})
+"""On one host of CPUs they lose to shm and cost every engine their libraries' memory and start-up: `auto` takes them
+where there is an RDMA device or a GPU."""
+
+_WITHIN_ONE_PROCESS = frozenset({"inproc"})
+
+
+def choices() -> list[str]:
+    """What `--transport` takes."""
+    return ["auto", *(scheme for scheme in SCHEMES if scheme not in _WITHIN_ONE_PROCESS)]
+
+
+def wanted_schemes(transport: str) -> list[str]:
+    """The schemes that an instance offers, best first: `auto` or the one that was pinned.
+
+    Raises ConfigError, with the reason, if that one is unknown or cannot run here.
+    """
+    if transport != "auto":
+        why = unavailable(transport)
+        if why:
+            raise ConfigError(
+                f"--transport {transport} cannot run here: {why}; `baton doctor` shows what can, and auto takes it"
+            )
+        return [transport]
+    return [scheme for scheme in choices()[1:] if not why_not_auto(scheme)]
+
+
+def why_not_auto(scheme: str) -> str:
+    """Why `auto` does not offer a scheme; empty if it does."""
+    if scheme in NEVER_MEASURED:
+        return "never measured on its hardware: only when pinned by --transport"
+    if scheme in _FOR_FAST_HARDWARE and not has_fast_hardware():
+        return "no RDMA device and no GPU here: only when pinned by --transport"
+    return unavailable(scheme)
+
+
+def has_fast_hardware(root: Path = Path("/")) -> bool:
+    """Whether there is an RDMA device or an NVIDIA GPU."""
+    return any((root / "sys/class/infiniband").glob("*")) or any((root / "dev").glob("nvidia[0-9]*"))
 
 
 class _Module(Protocol):
