@@ -248,6 +248,7 @@ class Connections:
         if paths is None:
             fitting = candidates(offers, self._transports)
             paths = _PeerPaths(peer, fitting, {scheme: _Known() for scheme, _ in fitting})
+            paths.used_s = self._clock.monotonic_s()
             self._peers[peer.boot_id] = paths
             self._version += 1
         return paths

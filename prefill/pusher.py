@@ -194,7 +194,8 @@ class Pusher:
         running = [t for t, s in zip(push.transfers, states, strict=True) if s is TransferState.RUNNING]
         push.transfers = running
         if failures and not push.stopped:
-            push.why_failed, push.stopped = failures[0] or "a write failed", True
+            push.why_failed = push.way.endpoint.failure() or failures[0] or "a write failed"
+            push.stopped = True
             for transfer in running:
                 transfer.cancel()
         if running:
