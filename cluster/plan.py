@@ -18,6 +18,7 @@ from engine.build import Build, Device
 from engine.instance import ENV_VLLM_CORES, InstanceSpec
 from engine.preflight import check_arguments, check_device, check_memory, check_model
 from kvcache.spec import CacheSpec
+from transport.schemes import wanted_schemes
 
 
 def instances(topology: Topology, options: ClusterOptions, proxy_url: str, build: Build) -> list[InstanceSpec]:
@@ -66,6 +67,8 @@ def check(specs: list[InstanceSpec], build: Build, cache_bytes: int = 0) -> None
         check_device(build.device, plain=spec.plain)
         check_arguments(spec.arguments, plain=spec.plain)
         check_model(spec.model.path, plain=spec.plain)
+        if not spec.plain:
+            wanted_schemes(spec.transport)
     if build.device is Device.CPU:
         check_memory(specs, cache_bytes)
 

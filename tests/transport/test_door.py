@@ -23,7 +23,12 @@ def test_words_arrive_in_order_both_ways() -> None:
     for word in said:
         key.say(word)
     heard: list[Word] = []
-    until(lambda: heard.extend(door.hear(0.1)) or len(heard) == 3, 5.0, "three words")
+
+    def all_heard() -> bool:
+        heard.extend(door.hear(0.1))
+        return len(heard) == len(said)
+
+    until(all_heard, 5.0, "three words")
     assert heard == said
     news = News(True, [Path("d", "boot-d", "zmq", PathState.CHOSEN, 1.5, 2.5, 30.0, 1, "why")])
     door.say(news)
