@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from vllm.logger import init_logger
 
+from core.clock import Clock
 from core.errors import TransferError
 from core.handoff import Peer
 from core.path import Path, PathState
@@ -20,18 +21,22 @@ from engine.steps import Handshake
 from transport.door import Await, DoorKey, Meet, Named, News
 from transport.messages import Greeting, Message
 
+GREET_AGAIN_S = 60.0
+"""A peer that has lost sight of us meanwhile has forgotten what it measured."""
+
 _log = init_logger("vllm.baton")
 
 
 class Acquaintances:
     """One instance's. `send`: one message to one peer, without waiting; False if it could not be queued."""
 
-    def __init__(self, me: Peer, handshake: Handshake, send: Callable[[Peer, Message], bool]) -> None:
+    def __init__(self, me: Peer, handshake: Handshake, send: Callable[[Peer, Message], bool], clock: Clock) -> None:
         self._me = me
         self._schemes = handshake.schemes
         self._send = send
+        self._clock = clock
         self._lock = threading.Lock()
-        self._greeted: set[str] = set()
+        self._greeted_s: dict[str, float] = {}
         self._paths: list[Path] = []
         self._key: DoorKey | None = None
         try:
@@ -41,17 +46,17 @@ class Acquaintances:
             _log.warning("%s: paths are not measured, the first transport that both sides have is taken", error)
 
     def on_peers(self, peers: list[Peer]) -> None:
-        """The proxy names the instances that may send to us now: each is greeted once."""
+        """The proxy names the instances that may send to us now: each is greeted, now and then. The join thread's."""
         if self._key is None:
             return
-        with self._lock:
-            new = [peer for peer in peers if peer.boot_id not in self._greeted]
-            self._greeted &= {peer.boot_id for peer in peers}
-        for peer in new:
-            self._key.say(Await(peer.boot_id))
-            if self._send(peer, Greeting(self._schemes)):
-                with self._lock:
-                    self._greeted.add(peer.boot_id)
+        now_s = self._clock.monotonic_s()
+        greeted_s = {peer.boot_id: self._greeted_s.get(peer.boot_id, -GREET_AGAIN_S) for peer in peers}
+        for peer in peers:
+            if now_s - greeted_s[peer.boot_id] >= GREET_AGAIN_S:
+                self._key.say(Await(peer.boot_id))
+                if self._send(peer, Greeting(self._schemes)):
+                    greeted_s[peer.boot_id] = now_s
+        self._greeted_s = greeted_s
 
     def on_greeting(self, sender: Peer, greeting: Greeting) -> None:
         """An instance that we may send to expects to be measured."""

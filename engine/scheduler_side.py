@@ -89,7 +89,7 @@ class SchedulerSide:
         self._schemes = handshake.schemes
         offer = Offer(self._layout, handshake.schemes, settings.full_digest, settings.audit)
         self._receiver = Receiver(self.me, offer, self._ports, self._accounts, settings.limits)
-        acquaintances = Acquaintances(self.me, handshake, self._correspondence.send)
+        acquaintances = Acquaintances(self.me, handshake, self._correspondence.send, self._ports.clock)
         self._acquaintances = acquaintances
         self._correspondence.introduce(self._sender, self._receiver, acquaintances)
         if settings.join:
