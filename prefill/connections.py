@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from core.clock import Clock
 from core.errors import TransferError
 from core.handoff import Peer
-from core.path import Path, PathState
-from transport.base import Endpoint, Transport
-from transport.choose import candidates, fastest
+from core.path import Path
+from prefill.peer_paths import Far, Known, PeerPaths, Way
+from transport.base import Transport
+from transport.choose import candidates
 from transport.probe import Measurement
 
 BACKOFF_S = 10.0
@@ -33,81 +32,6 @@ MAX_LOST_WRITES = 3
 One can fail without the path's fault: its receiver has given it up."""
 
 
-class Way(NamedTuple):
-    """A path that is open."""
-
-    scheme: str
-    endpoint: Endpoint
-
-
-@dataclass
-class _Known:
-    """One path to one peer."""
-
-    measurement: Measurement | None = None
-    endpoint: Endpoint | None = None
-    why_failed: str = ""
-    retry_at_s: float = 0.0
-    num_failures: int = 0
-    num_lost_writes: int = 0
-
-
-@dataclass
-class _PeerPaths:
-    """Every path to one peer, by scheme, best first as it was offered."""
-
-    peer: Peer
-    offers: list[tuple[str, bytes]]
-    by_scheme: dict[str, _Known] = field(default_factory=dict)
-    expects_probes: bool = False
-    is_probed: bool = False
-    used_s: float = 0.0
-
-    def chosen(self, without: Sequence[str] = ()) -> str | None:
-        """What a hand-off takes; None if everything is left out."""
-        left = [scheme for scheme, _ in self.offers if scheme not in without]
-        well = [scheme for scheme in left if not self.by_scheme[scheme].why_failed]
-        if well:
-            return fastest(well, self._measured())
-        return min(left, key=lambda scheme: self.by_scheme[scheme].retry_at_s, default=None)
-
-    def is_due(self, now_s: float) -> bool:
-        """Whether measuring could change something."""
-        failed = [known for known in self.by_scheme.values() if known.why_failed]
-        return self.expects_probes and (not self.is_probed or any(now_s >= known.retry_at_s for known in failed))
-
-    def _measured(self) -> dict[str, Measurement]:
-        return {s: known.measurement for s, known in self.by_scheme.items() if known.measurement is not None}
-
-    def show(self) -> list[Path]:
-        """For people."""
-        chosen = self.chosen()
-        return [self._show(scheme, known, scheme == chosen) for scheme, known in self.by_scheme.items()]
-
-    def _show(self, scheme: str, known: _Known, is_chosen: bool) -> Path:
-        state = PathState.CHOSEN if is_chosen else PathState.FAILED if known.why_failed else PathState.STANDBY
-        rank, speed = ("", known.measurement)
-        if len(self.by_scheme) == 1:
-            rank = "the only one that both sides have"
-        elif speed is None:
-            rank = "not measured yet"
-        elif is_chosen:
-            rank = "measured fastest, or as fast as the fastest"
-        if speed is not None and not speed.is_complete:
-            rank = f"{rank}; did not end in the probe's time".removeprefix("; ")
-        return Path(
-            peer=self.peer.name,
-            boot_id=self.peer.boot_id,
-            transport=scheme,
-            state=state,
-            write_gb_per_s=speed.write_gb_per_s if speed else 0.0,
-            read_gb_per_s=speed.read_gb_per_s if speed else 0.0,
-            latency_us=speed.latency_s * 1e6 if speed else 0.0,
-            num_failures=known.num_failures,
-            why=known.why_failed or rank,
-        )
-
-
 class Connections:
     """All ways of one worker."""
 
@@ -115,26 +39,28 @@ class Connections:
         self._transports = transports
         self._clock = clock
         self._lock = threading.RLock()
-        self._peers: dict[str, _PeerPaths] = {}
+        self._peers: dict[Far, PeerPaths] = {}
         self._version = 0
 
     # ---- the engine's thread ----
 
-    def pick(self, peer: Peer, offers: Sequence[tuple[str, bytes]], without: Sequence[str] = ()) -> Way:
-        """The way that a hand-off takes now. Raises TransferError if no transport joins both sides, or all that do are
-        left out."""
+    def pick(self, peer: Peer, offers: Sequence[tuple[str, bytes]], without: Sequence[str] = (), rank: int = 0) -> Way:
+        """The way that a hand-off to one rank of a peer takes now.
+
+        Raises TransferError if no transport joins both sides, or all that do are left out.
+        """
         with self._lock:
-            paths = self._meet(peer, offers)
+            paths = self._meet(peer, offers, rank)
             paths.used_s = self._clock.monotonic_s()
             scheme = paths.chosen(without)
             if scheme is None:
                 raise TransferError(f"every transport to {peer.name} has failed: {', '.join(without)}")
-            return Way(scheme, self._open(paths, scheme))
+            return self._open(paths, scheme)
 
-    def lost_write(self, boot_id: str, way: Way, why: str) -> bool:
+    def lost_write(self, way: Way, why: str) -> bool:
         """A hand-off's write over this way has failed. True: so has the path, and the next best is taken."""
         with self._lock:
-            known = self._find(boot_id, way.scheme)
+            known = self._find(way)
             if known is None or known.endpoint is not way.endpoint:
                 return True  # another hand-off has noticed before
             known.num_lost_writes += 1
@@ -143,10 +69,10 @@ class Connections:
             self._mark(known, why)
             return True
 
-    def wrote(self, boot_id: str, scheme: str) -> None:
+    def wrote(self, way: Way) -> None:
         """A hand-off was written completely."""
         with self._lock:
-            known = self._find(boot_id, scheme)
+            known = self._find(way)
             if known is not None:
                 known.num_lost_writes = 0
                 self._version += bool(known.why_failed)
@@ -155,17 +81,14 @@ class Connections:
     def forget(self, boot_id: str) -> None:
         """The peer is dead: nothing of ours touches its memory after this."""
         with self._lock:
-            paths = self._peers.pop(boot_id, None)
-            if paths is not None:
-                self._version += 1
-                for known in paths.by_scheme.values():
-                    _close(known)
+            for far in [far for far in self._peers if far.boot_id == boot_id]:
+                self._drop(far)
 
     def close(self) -> None:
         """Closes every endpoint: after this, nothing of this worker writes anywhere."""
         with self._lock:
-            for boot_id in list(self._peers):
-                self.forget(boot_id)
+            for far in list(self._peers):
+                self._drop(far)
 
     def num_endpoints(self) -> int:
         """Paths that are open."""
@@ -176,48 +99,48 @@ class Connections:
 
     # ---- the prober's thread ----
 
-    def greet(self, peer: Peer, offers: Sequence[tuple[str, bytes]]) -> None:
-        """A peer expects to be measured. Raises TransferError if no transport joins both sides."""
+    def greet(self, peer: Peer, offers: Sequence[tuple[str, bytes]], rank: int = 0) -> None:
+        """A rank of a peer expects to be measured. Raises TransferError if no transport joins both sides."""
         with self._lock:
-            self._meet(peer, offers).expects_probes = True
+            self._meet(peer, offers, rank).expects_probes = True
 
-    def due(self) -> list[Peer]:
-        """Peers that should be measured now: new ones, and those with a failed path whose time is up."""
+    def due(self) -> list[Far]:
+        """Receivers that should be measured now: new ones, and those with a failed path whose time is up."""
         with self._lock:
             now_s = self._clock.monotonic_s()
-            return [paths.peer for paths in self._peers.values() if paths.is_due(now_s)]
+            return [far for far, paths in self._peers.items() if paths.is_due(now_s)]
 
-    def open_all(self, boot_id: str) -> list[Way]:
-        """Opens every path to a peer."""
+    def open_all(self, far: Far) -> list[Way]:
+        """Opens every path to a receiver."""
         with self._lock:
-            paths, ways = self._peers.get(boot_id), []
+            paths, ways = self._peers.get(far), []
             for scheme, _ in paths.offers if paths is not None else ():
                 assert paths is not None
                 try:
-                    ways.append(Way(scheme, self._open(paths, scheme)))
+                    ways.append(self._open(paths, scheme))
                 except TransferError as error:
                     self._mark(paths.by_scheme[scheme], str(error))
             return ways
 
-    def measured(self, boot_id: str, scheme: str, measurement: Measurement | None) -> None:
+    def measured(self, way: Way, measurement: Measurement | None) -> None:
         """A path works; None: it was not measured, for lack of another to compare it with."""
         with self._lock:
-            known = self._find(boot_id, scheme)
+            known = self._find(way)
             if known is not None:
                 known.measurement, known.why_failed, known.num_lost_writes = measurement, "", 0
                 self._version += 1
 
-    def unreachable(self, boot_id: str, scheme: str, why: str) -> None:
+    def unreachable(self, way: Way, why: str) -> None:
         """A path does not work."""
         with self._lock:
-            known = self._find(boot_id, scheme)
+            known = self._find(way)
             if known is not None:
                 self._mark(known, why)
 
-    def is_measured(self, boot_id: str) -> None:
-        """Every path to this peer was tried."""
+    def is_measured(self, far: Far) -> None:
+        """Every path to this receiver was tried."""
         with self._lock:
-            paths = self._peers.get(boot_id)
+            paths = self._peers.get(far)
             if paths is not None:
                 paths.is_probed, paths.used_s = True, self._clock.monotonic_s()
                 self._version += 1
@@ -226,13 +149,13 @@ class Connections:
         """Marks what has failed while it was not used; forgets peers that no path has reached for a while."""
         with self._lock:
             forgotten_s = self._clock.monotonic_s() - FORGET_AFTER_S
-            for boot_id, paths in list(self._peers.items()):
+            for far, paths in list(self._peers.items()):
                 for known in paths.by_scheme.values():
                     why = known.endpoint.failure() if known.endpoint is not None else ""
                     if why:
                         self._mark(known, why)
                 if all(known.endpoint is None for known in paths.by_scheme.values()) and paths.used_s < forgotten_s:
-                    self.forget(boot_id)
+                    self._drop(far)
 
     def news(self, since: int) -> tuple[int, list[Path]]:
         """(version of the table, the table); the table is empty if the version is the one that is known already."""
@@ -243,30 +166,36 @@ class Connections:
 
     # ---- inside the lock ----
 
-    def _meet(self, peer: Peer, offers: Sequence[tuple[str, bytes]]) -> _PeerPaths:
-        paths = self._peers.get(peer.boot_id)
+    def _meet(self, peer: Peer, offers: Sequence[tuple[str, bytes]], rank: int) -> PeerPaths:
+        far = Far(peer.boot_id, rank)
+        paths = self._peers.get(far)
         if paths is None:
             fitting = candidates(offers, self._transports)
-            paths = _PeerPaths(peer, fitting, {scheme: _Known() for scheme, _ in fitting})
+            paths = PeerPaths(peer, rank, fitting, {scheme: Known() for scheme, _ in fitting})
             paths.used_s = self._clock.monotonic_s()
-            self._peers[peer.boot_id] = paths
+            self._peers[far] = paths
             self._version += 1
         return paths
 
-    def _find(self, boot_id: str, scheme: str) -> _Known | None:
-        paths = self._peers.get(boot_id)
-        return paths.by_scheme.get(scheme) if paths is not None else None
+    def _drop(self, far: Far) -> None:
+        self._version += 1
+        for known in self._peers.pop(far).by_scheme.values():
+            _close(known)
 
-    def _open(self, paths: _PeerPaths, scheme: str) -> Endpoint:
+    def _find(self, way: Way) -> Known | None:
+        paths = self._peers.get(way.far)
+        return paths.by_scheme.get(way.scheme) if paths is not None else None
+
+    def _open(self, paths: PeerPaths, scheme: str) -> Way:
         """Raises TransferError. An endpoint that has failed is replaced."""
         known = paths.by_scheme[scheme]
         if known.endpoint is not None and known.endpoint.failure():
             _close(known)
         if known.endpoint is None:
             known.endpoint = self._transports[scheme].connect(dict(paths.offers)[scheme])
-        return known.endpoint
+        return Way(Far(paths.peer.boot_id, paths.rank), scheme, known.endpoint)
 
-    def _mark(self, known: _Known, why: str) -> None:
+    def _mark(self, known: Known, why: str) -> None:
         """Takes the path out of use until a probe succeeds: after a while, each time a longer one."""
         known.why_failed = why or "failed"
         backoff_s = min(BACKOFF_S * 2.0**known.num_failures, LONGEST_BACKOFF_S)
@@ -277,7 +206,7 @@ class Connections:
         self._version += 1
 
 
-def _close(known: _Known) -> None:
+def _close(known: Known) -> None:
     if known.endpoint is not None:
         known.endpoint.close()
         known.endpoint = None

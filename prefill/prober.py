@@ -13,8 +13,8 @@ import threading
 
 from core.clock import Clock
 from core.errors import TransferError
-from core.handoff import Peer
-from prefill.connections import Connections, Way
+from prefill.connections import Connections
+from prefill.peer_paths import Far, Way
 from transport.door import Await, Door, Meet, Named, News, Word
 from transport.probe import PROBE_BUDGET_S, Measurement, measure, wait_ready
 from transport.scratch import ScratchLandings, probe_tag
@@ -59,9 +59,9 @@ class Prober:
         for word in self._door.hear(TURN_S):
             self._take(word)
         self._connections.sweep()
-        for peer in self._connections.due() if self._boot_id else ():
+        for far in self._connections.due() if self._boot_id else ():
             if not self._is_closing.is_set():
-                probe(self._connections, peer, self._boot_id, self._clock)
+                probe(self._connections, far, self._boot_id, self._clock)
         version, paths = self._connections.news(self._version)
         if version == self._version or not self._door.is_attended():
             return
@@ -81,26 +81,26 @@ class Prober:
                 _log.warning("%s: %s", word.peer.name, error)
 
 
-def probe(connections: Connections, peer: Peer, own_boot_id: str, clock: Clock) -> None:
-    """Measures every path to one peer, one after the other, and lets `connections` choose."""
-    tag, boot_id = probe_tag(own_boot_id), peer.boot_id
-    opened = connections.open_all(boot_id)
-    ready = [way for way in opened if _is_ready(connections, boot_id, way, tag, clock)]
+def probe(connections: Connections, far: Far, own_boot_id: str, clock: Clock) -> None:
+    """Measures every path to one receiver, one after the other, and lets `connections` choose."""
+    tag = probe_tag(own_boot_id)
+    opened = connections.open_all(far)
+    ready = [way for way in opened if _is_ready(connections, way, tag, clock)]
     for way in ready:
         try:
             measurement: Measurement | None = None
             if len(opened) > 1:
                 measurement = measure(way.endpoint, tag, clock, PROBE_BUDGET_S / len(ready))
-            connections.measured(boot_id, way.scheme, measurement)
+            connections.measured(way, measurement)
         except TransferError as error:
-            connections.unreachable(boot_id, way.scheme, str(error))
-    connections.is_measured(boot_id)
+            connections.unreachable(way, str(error))
+    connections.is_measured(far)
 
 
-def _is_ready(connections: Connections, boot_id: str, way: Way, tag: str, clock: Clock) -> bool:
+def _is_ready(connections: Connections, way: Way, tag: str, clock: Clock) -> bool:
     try:
         wait_ready(way.endpoint, tag, clock)
     except TransferError as error:
-        connections.unreachable(boot_id, way.scheme, str(error))
+        connections.unreachable(way, str(error))
         return False
     return True

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 
 from core.clock import Clock
 from core.errors import TransferError
-from prefill.connections import Connections, Way
+from prefill.connections import Connections
+from prefill.peer_paths import Way
 from prefill.push import PushChunk, PushCommands, Pushed, PushFailed, PushResults, PushTarget
 from transport.base import Blocks, Region, Transfer, TransferState
 from transport.digest import add, blocks_digest, is_full
@@ -208,17 +209,17 @@ class Pusher:
             self._results.quiet.append(handoff)
             del self._pushes[handoff]
         elif push.is_complete():
-            self._connections.wrote(push.target.decode.boot_id, push.way.scheme)
+            self._connections.wrote(push.way)
             self._results.pushed.append(self._pushed(handoff, push))
             del self._pushes[handoff]
 
     def _reroute(self, push: _Push) -> bool:
         """Begins again over the next best path, if this one has failed and there is another."""
-        decode = push.target.decode
-        if not self._connections.lost_write(decode.boot_id, push.way, push.why_failed):
+        if not self._connections.lost_write(push.way, push.why_failed):
             return False
+        without = [*push.failed_schemes, push.way.scheme]
         try:
-            way = self._connections.pick(decode, push.target.schemes, [*push.failed_schemes, push.way.scheme])
+            way = self._connections.pick(push.target.decode, push.target.schemes, without)
         except TransferError:
             return False
         push.begin_again(way)

@@ -17,6 +17,7 @@ from core.path import Path, PathState
 from decode.land import Arm, Check, Drop, LandCommands
 from decode.lander import Lander
 from prefill.connections import BACKOFF_S, FORGET_AFTER_S, MAX_LOST_WRITES, Connections
+from prefill.peer_paths import Far
 from prefill.prober import Prober, probe
 from prefill.push import PushChunk, PushCommands, Pushed, PushTarget
 from prefill.pusher import Pusher
@@ -77,8 +78,8 @@ class House:
 
     def probe(self) -> None:
         self.connections.greet(PEER, self.far.offers)
-        for peer in self.connections.due():
-            probe(self.connections, peer, ME, SystemClock())
+        for far in self.connections.due():
+            probe(self.connections, far, ME, SystemClock())
 
     def scheme(self) -> str:
         return self.connections.pick(PEER, self.far.offers).scheme
@@ -125,10 +126,20 @@ def test_a_peer_that_was_started_anew_is_measured_anew(slow_shm: House) -> None:
     slow_shm.probe()
     again = Peer(PEER.name, PEER.control, "another boot")
     slow_shm.connections.greet(again, slow_shm.far.offers)
-    assert slow_shm.connections.due() == [again]
+    assert slow_shm.connections.due() == [Far(again.boot_id)]
     assert slow_shm.connections.pick(again, slow_shm.far.offers).scheme == "shm"
     slow_shm.connections.forget(again.boot_id)
     assert slow_shm.scheme() == "zmq"
+
+
+def test_ranks_of_one_peer_are_measured_apart_and_forgotten_together(slow_shm: House) -> None:
+    slow_shm.probe()
+    slow_shm.connections.greet(PEER, slow_shm.far.offers, rank=1)
+    assert slow_shm.connections.due() == [Far(PEER.boot_id, 1)]
+    assert slow_shm.connections.pick(PEER, slow_shm.far.offers, rank=1).scheme == "shm"
+    assert slow_shm.scheme() == "zmq"
+    slow_shm.connections.forget(PEER.boot_id)
+    assert slow_shm.connections.num_endpoints() == 0
 
 
 def test_a_failed_path_is_left_until_a_probe_succeeds_and_each_time_for_longer(house: House) -> None:
@@ -137,8 +148,8 @@ def test_a_failed_path_is_left_until_a_probe_succeeds_and_each_time_for_longer(h
     for times in (1, 2):
         way = house.connections.pick(PEER, house.far.offers)
         way.endpoint.close()
-        assert house.connections.lost_write(PEER.boot_id, way, "broken")
-        assert house.connections.lost_write(PEER.boot_id, way, "the same failure, seen by another hand-off")
+        assert house.connections.lost_write(way, "broken")
+        assert house.connections.lost_write(way, "the same failure, seen by another hand-off")
         assert house.scheme() == "zmq"
         assert (house.paths()["shm"].state, house.paths()["shm"].num_failures) == (FAILED, times)
         assert house.paths()["shm"].why == "broken"
@@ -153,10 +164,10 @@ def test_one_lost_write_is_not_the_paths_fault_but_several_are(house: House) -> 
     house.probe()
     for turn in range(MAX_LOST_WRITES):
         way = house.connections.pick(PEER, house.far.offers)
-        assert house.connections.lost_write(PEER.boot_id, way, "refused") == (turn == MAX_LOST_WRITES - 1)
+        assert house.connections.lost_write(way, "refused") == (turn == MAX_LOST_WRITES - 1)
         if turn == 0:
-            house.connections.wrote(PEER.boot_id, way.scheme)
-            assert not house.connections.lost_write(PEER.boot_id, way, "refused")
+            house.connections.wrote(way)
+            assert not house.connections.lost_write(way, "refused")
     assert house.scheme() == "zmq"
 
 
@@ -165,10 +176,10 @@ def test_when_everything_has_failed_the_one_that_failed_first_is_tried_again(hou
         way = house.connections.pick(PEER, house.far.offers)
         assert way.scheme == scheme
         way.endpoint.close()
-        house.connections.lost_write(PEER.boot_id, way, "broken")
+        house.connections.lost_write(way, "broken")
         house.clock.advance(1)
     assert house.scheme() == "shm"
-    house.connections.wrote(PEER.boot_id, "shm")
+    house.connections.wrote(house.connections.pick(PEER, house.far.offers))
     assert house.states() == {"shm": CHOSEN, "zmq": FAILED}
     with pytest.raises(TransferError, match="every transport to d has failed: shm, zmq"):
         house.connections.pick(PEER, house.far.offers, ["shm", "zmq"])
