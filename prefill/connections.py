@@ -41,6 +41,7 @@ class Connections:
         self._lock = threading.RLock()
         self._peers: dict[Far, PeerPaths] = {}
         self._version = 0
+        self._is_closed = False
 
     # ---- the engine's thread ----
 
@@ -52,16 +53,21 @@ class Connections:
         with self._lock:
             paths = self._meet(peer, offers, rank)
             paths.used_s = self._clock.monotonic_s()
-            scheme = paths.chosen(without)
-            if scheme is None:
-                raise TransferError(f"every transport to {peer.name} has failed: {', '.join(without)}")
-            return self._open(paths, scheme)
+            while (scheme := paths.chosen(without)) is not None:
+                try:
+                    return self._open(paths, scheme)
+                except TransferError as error:
+                    self._mark(paths.by_scheme[scheme], str(error))
+                    without = [*without, scheme]
+            raise TransferError(f"every transport to {peer.name} has failed: {', '.join(without)}")
 
     def lost_write(self, way: Way, why: str) -> bool:
         """A hand-off's write over this way has failed. True: so has the path, and the next best is taken."""
         with self._lock:
             known = self._find(way)
-            if known is None or known.endpoint is not way.endpoint:
+            if known is None:
+                return False
+            if known.endpoint is not way.endpoint:
                 return True  # another hand-off has noticed before
             known.num_lost_writes += 1
             if not way.endpoint.failure() and known.num_lost_writes < MAX_LOST_WRITES:
@@ -87,6 +93,7 @@ class Connections:
     def close(self) -> None:
         """Closes every endpoint: after this, nothing of this worker writes anywhere."""
         with self._lock:
+            self._is_closed = True
             for far in list(self._peers):
                 self._drop(far)
 
@@ -188,6 +195,8 @@ class Connections:
 
     def _open(self, paths: PeerPaths, scheme: str) -> Way:
         """Raises TransferError. An endpoint that has failed is replaced."""
+        if self._is_closed:
+            raise TransferError("this instance stops")
         known = paths.by_scheme[scheme]
         if known.endpoint is not None and known.endpoint.failure():
             _close(known)

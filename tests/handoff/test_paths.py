@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -29,9 +30,11 @@ from transport.faulty import Faults, FaultyTransport
 from transport.guarded import GuardedTransport
 from transport.schemes import make_transport
 from transport.scratch import Scratch, ScratchLandings
+from transport.shm_wire import ShmDescription, encode_description, host_id
 
 LAYERS, BLOCKS, BLOCK_BYTES, BLOCK_SIZE = 3, 16, 4096, 4
 ME, PEER = "boot-p", Peer("d", "tcp://127.0.0.1:1", "boot-d")
+SOMEBODY_ELSES = encode_description(ShmDescription(host_id(), os.getuid() + 1, "socket", [], []))
 FAILED, CHOSEN, STANDBY = PathState.FAILED, PathState.CHOSEN, PathState.STANDBY
 
 
@@ -183,6 +186,14 @@ def test_when_everything_has_failed_the_one_that_failed_first_is_tried_again(hou
     assert house.states() == {"shm": CHOSEN, "zmq": FAILED}
     with pytest.raises(TransferError, match="every transport to d has failed: shm, zmq"):
         house.connections.pick(PEER, house.far.offers, ["shm", "zmq"])
+
+
+def test_a_path_that_cannot_even_be_opened_is_passed_over(house: House) -> None:
+    """Its description is of this host, so it is tried, and does not fit what connecting needs."""
+    offers = [("shm", SOMEBODY_ELSES), *house.far.offers[1:]]
+    assert house.connections.pick(PEER, offers).scheme == "zmq"
+    assert house.states() == {"shm": FAILED, "zmq": CHOSEN}
+    assert "runs as user" in house.paths()["shm"].why
 
 
 def test_a_peer_that_died_unnoticed_is_seen_and_forgotten(house: House) -> None:
