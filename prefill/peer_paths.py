@@ -79,15 +79,15 @@ class PeerPaths:
 
     def _show(self, scheme: str, known: Known, is_chosen: bool) -> Path:
         state = PathState.CHOSEN if is_chosen else PathState.FAILED if known.why_failed else PathState.STANDBY
-        rank, speed = ("", known.measurement)
+        speed = known.measurement
         if len(self.by_scheme) == 1:
-            rank = "the only one that both sides have"
+            why = "the only one that both sides have"
         elif speed is None:
-            rank = "not measured yet"
-        elif is_chosen:
-            rank = "measured fastest, or as fast as the fastest"
-        if speed is not None and not speed.is_complete:
-            rank = f"{rank}; did not end in the probe's time".removeprefix("; ")
+            why = "not measured yet"
+        elif not speed.write_s:
+            why = "moved nothing in the probe's time"
+        else:
+            why = "measured fastest, or as fast as the fastest" if is_chosen else "measured slower"
         return Path(
             peer=self.peer.name,
             boot_id=self.peer.boot_id,
@@ -97,5 +97,5 @@ class PeerPaths:
             read_gb_per_s=speed.read_gb_per_s if speed else 0.0,
             latency_us=speed.latency_s * 1e6 if speed else 0.0,
             num_failures=known.num_failures,
-            why=known.why_failed or rank,
+            why=known.why_failed or why,
         )

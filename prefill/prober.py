@@ -16,7 +16,7 @@ from core.errors import TransferError
 from prefill.connections import Connections
 from prefill.peer_paths import Far, Way
 from transport.door import Await, Door, Meet, Named, News, Word
-from transport.probe import PROBE_BUDGET_S, Measurement, measure, wait_ready
+from transport.probe import PATIENT_BUDGET_S, PROBE_BUDGET_S, measure, wait_ready
 from transport.scratch import ScratchLandings, probe_tag
 
 TURN_S = 0.5
@@ -86,15 +86,25 @@ def probe(connections: Connections, far: Far, own_boot_id: str, clock: Clock) ->
     tag = probe_tag(own_boot_id)
     opened = connections.open_all(far)
     ready = [way for way in opened if _is_ready(connections, way, tag, clock)]
-    for way in ready:
+    if len(opened) == 1:
+        for way in ready:
+            connections.measured(way, None)
+    elif not _measure(connections, ready, tag, clock, PROBE_BUDGET_S / max(len(ready), 1)):
+        _measure(connections, ready, tag, clock, PATIENT_BUDGET_S)
+    connections.is_measured(far)
+
+
+def _measure(connections: Connections, ways: list[Way], tag: str, clock: Clock, budget_s: float) -> bool:
+    """Whether any of them moved something in time; `budget_s` for each."""
+    moved = False
+    for way in ways:
         try:
-            measurement: Measurement | None = None
-            if len(opened) > 1:
-                measurement = measure(way.endpoint, tag, clock, PROBE_BUDGET_S / len(ready))
+            measurement = measure(way.endpoint, tag, clock, budget_s)
             connections.measured(way, measurement)
+            moved = moved or measurement.write_s > 0
         except TransferError as error:
             connections.unreachable(way, str(error))
-    connections.is_measured(far)
+    return moved
 
 
 def _is_ready(connections: Connections, way: Way, tag: str, clock: Clock) -> bool:

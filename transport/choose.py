@@ -48,6 +48,6 @@ def fastest(order: Sequence[str], measured: Mapping[str, Measurement]) -> str:
     known = [scheme for scheme in order if scheme in measured]
     if not known:
         return order[0]
-    complete = [scheme for scheme in known if measured[scheme].is_complete] or known
-    best_s = min(measured[scheme].write_s for scheme in complete)
-    return next(scheme for scheme in complete if measured[scheme].write_s * TIE_SHARE <= best_s)
+    moved = [scheme for scheme in known if measured[scheme].write_s]
+    best_s = min((measured[scheme].write_s for scheme in moved), default=0.0)
+    return next((scheme for scheme in moved if measured[scheme].write_s * TIE_SHARE <= best_s), known[0])

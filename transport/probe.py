@@ -19,6 +19,9 @@ from transport.scratch import NUM_SCRATCH_BLOCKS, ROUND_BLOCKS, SCRATCH_BLOCK_BY
 PROBE_BUDGET_S = 0.09
 """For all schemes of one pair together, once they are connected."""
 
+PATIENT_BUDGET_S = 1.0
+"""For each scheme, where none has moved a round in time: a busy machine."""
+
 READY_TIMEOUT_S = 12.0
 """Until the first block has arrived: connecting maps and populates the peer's memory over shm (0.3 s per GiB)."""
 
@@ -31,26 +34,22 @@ _FAR = tuple(range(ROUND_BLOCKS, NUM_SCRATCH_BLOCKS))
 
 
 class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The fastest rounds. write_s and read_s: of ROUND_BYTES; latency_s: of writing one block.
-
-    is_complete: every kind of round ended within the budget; otherwise a figure may be the time after which it was
-    given up, which is at least a lower bound.
-    """
+    """The fastest rounds. write_s and read_s: of ROUND_BYTES; latency_s: of writing one block. 0 where no round ended
+    within the budget."""
 
     latency_s: float
     write_s: float
     read_s: float
-    is_complete: bool = True
 
     @property
     def write_gb_per_s(self) -> float:
         """Towards the peer."""
-        return ROUND_BYTES / self.write_s / 1e9
+        return ROUND_BYTES / self.write_s / 1e9 if self.write_s else 0.0
 
     @property
     def read_gb_per_s(self) -> float:
         """From the peer."""
-        return ROUND_BYTES / self.read_s / 1e9
+        return ROUND_BYTES / self.read_s / 1e9 if self.read_s else 0.0
 
 
 def wait_ready(endpoint: Endpoint, tag: str, clock: Clock, timeout_s: float = READY_TIMEOUT_S) -> None:
@@ -70,17 +69,15 @@ def measure(endpoint: Endpoint, tag: str, clock: Clock, budget_s: float) -> Meas
         lambda: endpoint.write(tag, near, far),
         lambda: endpoint.read(near, far),
     ]
-    ends_s, seconds, is_complete = clock.monotonic_s() + budget_s, [], True
+    ends_s, seconds = clock.monotonic_s() + budget_s, []
     for left, start in zip((3, 2, 1), kinds, strict=True):
         now_s = clock.monotonic_s()
-        best_s, ended = _fastest(start, clock, now_s + max(ends_s - now_s, 0.0) / left)
-        seconds.append(best_s)
-        is_complete = is_complete and ended
-    return Measurement(seconds[0], seconds[1], seconds[2], is_complete)
+        seconds.append(_fastest(start, clock, now_s + max(ends_s - now_s, 0.0) / left))
+    return Measurement(*seconds)
 
 
-def _fastest(start: Callable[[], Transfer], clock: Clock, until_s: float) -> tuple[float, bool]:
-    """(the fastest of a few rounds, True), or (how long the first was waited for, False)."""
+def _fastest(start: Callable[[], Transfer], clock: Clock, until_s: float) -> float:
+    """Of a few rounds; 0 if none ended in time."""
     best_s = 0.0
     for _ in range(_ROUNDS):
         begun_s = clock.monotonic_s()
@@ -89,11 +86,11 @@ def _fastest(start: Callable[[], Transfer], clock: Clock, until_s: float) -> tup
         took_s = max(clock.monotonic_s() - begun_s, 1e-9)
         if not ended:
             transfer.cancel()
-            return (best_s, True) if best_s else (took_s, False)
+            break
         best_s = min(best_s or took_s, took_s)
         if begun_s + 2 * took_s > until_s:
             break
-    return best_s, True
+    return best_s
 
 
 def _wait(transfer: Transfer, clock: Clock, until_s: float) -> bool:

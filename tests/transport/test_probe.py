@@ -16,7 +16,7 @@ from transport.choose import fastest
 from transport.conformance import finish
 from transport.faulty import Faults, FaultyTransport
 from transport.guarded import GuardedTransport
-from transport.probe import PROBE_BUDGET_S, ROUND_BYTES, Measurement, measure, wait_ready
+from transport.probe import ROUND_BYTES, Measurement, measure, wait_ready
 from transport.schemes import make_transport
 from transport.scratch import NUM_SCRATCH_BLOCKS, SCRATCH_REGION, Scratch, ScratchLandings, probe_tag
 
@@ -55,7 +55,6 @@ def test_both_directions_are_measured_and_no_block_of_the_cache_is_touched(schem
         wait_ready(endpoint, TAG, CLOCK)
         begun_s = time.monotonic()
         measured = measure(endpoint, TAG, CLOCK, 5.0)
-        assert measured.is_complete
         assert 0 < measured.latency_s < time.monotonic() - begun_s
         assert measured.write_gb_per_s == ROUND_BYTES / measured.write_s / 1e9 > 0
         assert measured.read_gb_per_s > 0
@@ -63,13 +62,13 @@ def test_both_directions_are_measured_and_no_block_of_the_cache_is_touched(schem
         assert {far.owned.block(i)[0] for i in range(8)} == {2}
 
 
-def test_a_slowed_shm_measures_slower_than_zmq_and_keeps_to_the_budget() -> None:
+def test_a_slowed_shm_measures_slower_than_zmq() -> None:
     measured = {}
-    for scheme, faults in (("shm", Faults(delay_s=0.02)), ("zmq", None)):
+    for scheme, faults in (("shm", Faults(delay_s=0.5)), ("zmq", None)):
         with path(scheme, faults) as (_, _, endpoint):
             wait_ready(endpoint, TAG, CLOCK)
-            measured[scheme] = measure(endpoint, TAG, CLOCK, PROBE_BUDGET_S if faults else 5.0)
-    assert measured["shm"].write_s >= 0.02
+            measured[scheme] = measure(endpoint, TAG, CLOCK, 5.0)
+            assert measured[scheme].write_s >= (0.5 if faults else 0.0)
     assert fastest(["shm", "zmq"], measured) == "zmq"
 
 
@@ -77,7 +76,8 @@ def test_a_path_that_moves_nothing_in_time_is_measured_as_that() -> None:
     with path("inproc", Faults(delay_s=30.0)) as (_, _, endpoint):
         begun_s = time.monotonic()
         measured = measure(endpoint, TAG, CLOCK, 0.05)
-        assert not measured.is_complete
+        assert measured == Measurement(0.0, 0.0, 0.0)
+        assert measured.write_gb_per_s == 0.0
         assert time.monotonic() - begun_s < 5.0
         with pytest.raises(TransferError, match="nothing arrived within 0 s"):
             wait_ready(endpoint, TAG, CLOCK, 0.01)
@@ -115,13 +115,13 @@ def test_who_was_not_announced_may_not_write() -> None:
 
 
 def test_a_near_tie_is_decided_by_preference_and_a_path_that_did_not_end_comes_last() -> None:
-    def took(write_s: float, is_complete: bool = True) -> Measurement:
-        return Measurement(1e-4, write_s, write_s, is_complete)
+    def took(write_s: float) -> Measurement:
+        return Measurement(1e-4, write_s, write_s)
 
     order = ["shm", "nixl", "zmq"]
     assert fastest(order, {}) == "shm"
     assert fastest(order, {"shm": took(1.2), "nixl": took(1.0)}) == "shm"
     assert fastest(order, {"shm": took(1.3), "nixl": took(1.0)}) == "nixl"
     assert fastest(order, {"zmq": took(1.0)}) == "zmq", "what was measured goes before what was not"
-    assert fastest(order, {"shm": took(0.01, False), "zmq": took(1.0)}) == "zmq"
-    assert fastest(order, {"shm": took(0.01, False)}) == "shm"
+    assert fastest(order, {"shm": took(0.0), "zmq": took(1.0)}) == "zmq"
+    assert fastest(order, {"shm": took(0.0), "zmq": took(0.0)}) == "shm"
