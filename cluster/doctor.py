@@ -18,7 +18,7 @@ from core.finding import Finding, Verdict
 from engine.instance import source_path
 from transport.choose import fastest
 from transport.probe import Measurement
-from transport.probe_pair import measured, owners
+from transport.probe_pair import process_pairs
 from transport.schemes import NEVER_MEASURED, choices, unavailable, why_not_auto
 
 
@@ -79,12 +79,11 @@ def _check_up(environment: Mapping[str, str]) -> list[Checkup]:
     named = [Checkup(scheme, unavailable(scheme), why_not_auto(scheme)) for scheme in choices()[1:]]
     tried = [each.transport for each in named if not each.why_unavailable and each.transport not in NEVER_MEASURED]
     done = []
-    with owners(tried, environment) as children:
+    with process_pairs(tried, environment) as pairs:
         for each in named:
-            if each.transport in children:
+            if each.transport in pairs:
                 try:
-                    found = measured(each.transport, children[each.transport], environment)
-                    each = msgspec.structs.replace(each, measurement=found)
+                    each = msgspec.structs.replace(each, measurement=pairs[each.transport].measure())
                 except TransferError as error:
                     each = msgspec.structs.replace(each, failure=str(error))
             done.append(each)

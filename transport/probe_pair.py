@@ -1,9 +1,10 @@
 """Measures a transport between two fresh processes of this host, so that a library that crashes costs its row alone.
 
-    python -m transport.probe_pair own SCHEME             says its description, stays until its input ends
-    python -m transport.probe_pair measure SCHEME HEX     connects, measures, says a `Measurement`
+    python -m transport.probe_pair own SCHEME         says its description, stays until its input ends
+    python -m transport.probe_pair measure SCHEME     hears a description, connects, measures, says a `Measurement`
 
-Memory and threads: each child owns one transport and its scratch memory; every wait of the parent has a deadline.
+Memory and threads: each child owns one transport and its scratch memory; every wait of the parent has a deadline. All
+children start at once, because that takes longest, and measure one after the other.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import msgspec
 
@@ -30,29 +32,37 @@ ANSWER_TIMEOUT_S = 20.0
 _US = "doctor"
 
 
+class ProcessPair(NamedTuple):
+    """One transport's receiver and its prober."""
+
+    owner: subprocess.Popen[str]
+    prober: subprocess.Popen[str]
+
+    def measure(self) -> Measurement:
+        """Raises TransferError with what went wrong."""
+        description = _answer(self.owner)
+        assert self.prober.stdin is not None
+        try:
+            self.prober.stdin.write(f"{description}\n")
+            self.prober.stdin.flush()
+            return msgspec.json.decode(_answer(self.prober), type=Measurement)
+        except BrokenPipeError as error:
+            raise TransferError(_last_words(self.prober)) from error
+        except msgspec.DecodeError as error:
+            raise TransferError(f"an odd answer: {error}") from error
+
+
 @contextlib.contextmanager
-def owners(schemes: list[str], environment: Mapping[str, str]) -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """One receiving process per scheme, started at once, ended at the end."""
-    children: dict[str, subprocess.Popen[str]] = {}
-    try:
-        for scheme in schemes:
-            children[scheme] = _start(["own", scheme], environment)
-        yield children
-    finally:
-        for child in children.values():
-            _end(child)
+def process_pairs(schemes: list[str], environment: Mapping[str, str]) -> Iterator[dict[str, ProcessPair]]:
+    """One pair per scheme, ended at the end."""
+    with contextlib.ExitStack() as stack:
 
+        def start(task: str, scheme: str) -> subprocess.Popen[str]:
+            child = _start([task, scheme], environment)
+            stack.callback(_end, child)
+            return child
 
-def measured(scheme: str, owner: subprocess.Popen[str], environment: Mapping[str, str]) -> Measurement:
-    """Through a second process. Raises TransferError with what went wrong."""
-    description = _answer(owner)
-    prober = _start(["measure", scheme, description], environment)
-    try:
-        return msgspec.json.decode(_answer(prober), type=Measurement)
-    except msgspec.DecodeError as error:
-        raise TransferError(f"an odd answer: {error}") from error
-    finally:
-        _end(prober)
+        yield {scheme: ProcessPair(start("own", scheme), start("measure", scheme)) for scheme in schemes}
 
 
 def _start(arguments: list[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
@@ -93,7 +103,8 @@ def _end(child: subprocess.Popen[str]) -> None:
     child.wait()
     for pipe in (child.stdin, child.stdout, child.stderr):
         if pipe is not None:
-            pipe.close()
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
 
 def _own(scheme: str) -> None:
@@ -105,10 +116,10 @@ def _own(scheme: str) -> None:
     del scratch
 
 
-def _measure(scheme: str, description: str) -> None:
+def _measure(scheme: str) -> None:
     transport = make_transport(scheme, "127.0.0.1")
     scratch = Scratch({scheme: transport})
-    endpoint, tag, clock = transport.connect(bytes.fromhex(description)), probe_tag(_US), SystemClock()
+    endpoint, tag, clock = transport.connect(bytes.fromhex(sys.stdin.readline())), probe_tag(_US), SystemClock()
     wait_ready(endpoint, tag, clock, READY_TIMEOUT_S)
     print(f"answer {msgspec.json.encode(measure(endpoint, tag, clock, BUDGET_S)).decode()}", flush=True)
     endpoint.close()
@@ -117,7 +128,4 @@ def _measure(scheme: str, description: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "own":
-        _own(sys.argv[2])
-    else:
-        _measure(sys.argv[2], sys.argv[3])
+    {"own": _own, "measure": _measure}[sys.argv[1]](sys.argv[2])

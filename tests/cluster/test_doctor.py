@@ -17,7 +17,7 @@ from core.finding import Finding, Verdict
 from engine.instance import source_path
 from tests.readme import ROOT, replace_section, section
 from transport import schemes
-from transport.probe_pair import measured, owners
+from transport.probe_pair import process_pairs
 from transport.schemes import choices, wanted_schemes, why_not_auto
 
 
@@ -62,8 +62,8 @@ def test_a_limit_that_is_too_low_is_marked_and_exit_code_1() -> None:
 
 def test_a_transport_that_cannot_be_made_costs_its_row_and_says_why() -> None:
     environment = {"PYTHONPATH": source_path()}
-    with owners(["smoke"], environment) as children, pytest.raises(TransferError, match="'smoke' is unknown"):
-        measured("smoke", children["smoke"], environment)
+    with process_pairs(["smoke"], environment) as pairs, pytest.raises(TransferError, match="'smoke' is unknown"):
+        pairs["smoke"].measure()
 
 
 def test_what_auto_takes_decides_the_verdict() -> None:
