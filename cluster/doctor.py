@@ -19,7 +19,7 @@ from engine.instance import source_path
 from transport.choose import fastest
 from transport.probe import Measurement
 from transport.probe_pair import process_pairs
-from transport.schemes import NEVER_MEASURED, choices, unavailable, why_not_auto
+from transport.schemes import choices, is_measured, unavailable, why_not_auto
 
 
 class Checkup(msgspec.Struct, frozen=True):
@@ -77,7 +77,7 @@ def examine() -> Report:
 
 def _check_up(environment: Mapping[str, str]) -> list[Checkup]:
     named = [Checkup(scheme, unavailable(scheme), why_not_auto(scheme)) for scheme in choices()[1:]]
-    tried = [each.transport for each in named if not each.why_unavailable and each.transport not in NEVER_MEASURED]
+    tried = [each.transport for each in named if not each.why_unavailable and is_measured(each.transport)]
     done = []
     with process_pairs(tried, environment) as pairs:
         for each in named:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import secrets
 import signal
 import socket
@@ -22,7 +23,8 @@ from core.errors import BatonError
 from core.handoff import Role
 from engine.build import Build, installed_build
 from engine.instance import InstanceSpec, cache_folder
-from transport.join import parse_proxy_url
+from transport.join import check_keys, parse_proxy_url
+from transport.keys import read_keys
 
 _POLL_S = 0.2
 
@@ -51,6 +53,11 @@ def _spec(options: argparse.Namespace) -> InstanceSpec:
     if options.port:
         check_free(options.port, options.host)
     port = options.port or free_ports(1, options.host)[0]
+    connector = {"cache": socket_of(options.cache)} if options.cache else {}
+    keys = read_keys(options.keys) if options.keys else None
+    check_keys(options.join, keys)
+    if options.keys:
+        connector["keys"] = os.path.abspath(options.keys)
     return InstanceSpec(
         name=options.name or f"{options.role}-{socket.gethostname()}-{secrets.token_hex(2)}",
         role=Role(options.role),
@@ -60,7 +67,7 @@ def _spec(options: argparse.Namespace) -> InstanceSpec:
         join=options.join,
         transport=options.transport,
         arguments=options.passed,
-        connector={"cache": socket_of(options.cache)} if options.cache else {},
+        connector=connector,
     )
 
 

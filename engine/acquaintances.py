@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from vllm.logger import init_logger
 
@@ -17,7 +18,6 @@ from core.clock import Clock
 from core.errors import TransferError
 from core.handoff import Peer
 from core.path import Path, PathState
-from engine.steps import Handshake
 from transport.door import Await, DoorKey, Meet, Named, News
 from transport.messages import Greeting, Message
 
@@ -27,12 +27,19 @@ GREET_AGAIN_S = 60.0
 _log = init_logger("vllm.baton")
 
 
+@dataclass(frozen=True)
+class OwnWorker:
+    """The transports that our worker offers, best first, and where it listens to us."""
+
+    schemes: list[tuple[str, bytes]]
+    door: str
+
+
 class Acquaintances:
     """One instance's. `send`: one message to one peer, without waiting; False if it could not be queued."""
 
-    def __init__(self, me: Peer, handshake: Handshake, send: Callable[[Peer, Message], bool], clock: Clock) -> None:
-        self._me = me
-        self._schemes = handshake.schemes
+    def __init__(self, me: Peer, worker: OwnWorker, send: Callable[[Peer, Message], bool], clock: Clock) -> None:
+        self._schemes = worker.schemes
         self._send = send
         self._clock = clock
         self._lock = threading.Lock()
@@ -40,7 +47,7 @@ class Acquaintances:
         self._paths: list[Path] = []
         self._key: DoorKey | None = None
         try:
-            self._key = DoorKey(handshake.door)
+            self._key = DoorKey(worker.door)
             self._key.say(Named(me.boot_id))
         except TransferError as error:
             _log.warning("%s: paths are not measured, the first transport that both sides have is taken", error)

@@ -32,13 +32,12 @@ class Correspondence:
         self._halves: tuple[Sender, Receiver] | None = None
         self._acquaintances: Acquaintances | None = None
         identity = Identity(settings.name, uuid.uuid4().hex, fingerprint)
-        self._control = ControlPlane(
-            settings.host, identity, Callbacks(self._on_envelope, self._on_peer_lost, self._on_tick)
-        )
+        callbacks = Callbacks(self._on_envelope, self._on_peer_lost, self._on_tick)
+        self._control = ControlPlane(settings.host, identity, callbacks, keys=settings.read_keys())
         self.me = self._control.peer
 
-    def introduce(self, sender: Sender, receiver: Receiver, acquaintances: Acquaintances) -> None:
-        """From now on these hear."""
+    def introduce(self, sender: Sender, receiver: Receiver, acquaintances: Acquaintances | None = None) -> None:
+        """From now on these hear. Without acquaintances, greetings are not answered."""
         self._acquaintances = acquaintances
         self._halves = sender, receiver
 

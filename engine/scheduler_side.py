@@ -20,7 +20,7 @@ from core.topology import InstanceInfo
 from decode.accounts import Accounts
 from decode.admission import Capacity
 from decode.receiver import Offer, Receiver
-from engine.acquaintances import Acquaintances
+from engine.acquaintances import Acquaintances, OwnWorker
 from engine.arrivals import Arrived
 from engine.cache_side import CacheScheduler, refuse_hash
 from engine.correspondence import Correspondence
@@ -89,18 +89,20 @@ class SchedulerSide:
         self._schemes = handshake.schemes
         offer = Offer(self._layout, handshake.schemes, settings.full_digest, settings.audit)
         self._receiver = Receiver(self.me, offer, self._ports, self._accounts, settings.limits)
-        acquaintances = Acquaintances(self.me, handshake, self._correspondence.send, self._ports.clock)
+        worker = OwnWorker(handshake.schemes, handshake.door)
+        acquaintances = Acquaintances(self.me, worker, self._correspondence.send, self._ports.clock)
         self._acquaintances = acquaintances
         self._correspondence.introduce(self._sender, self._receiver, acquaintances)
         if settings.join:
-            self._join = JoinThread(settings.join, self._info, acquaintances.on_peers)
+            self._join = JoinThread(settings.join, self._info, settings.read_keys(), acquaintances.on_peers)
         names = ", ".join(scheme for scheme, _ in handshake.schemes)
         _log.info(
-            "baton instance %s (%s): control %s, transports %s",
+            "baton instance %s (%s): control %s, transports %s, %s",
             self.me.name,
             settings.role.value,
             self.me.control,
             names,
+            "encrypted" if settings.keys else "not encrypted",
         )
 
     def watch_pool(self, free_blocks: Callable[[], int]) -> None:

@@ -40,8 +40,9 @@ class WorkerSide:
         self._memory: CacheMemory | None = None
         self._layers: dict[str, int] = {}
         self._transports: dict[str, Transport] = {}
-        for scheme in wanted_schemes(settings.transport):
-            transport = make_transport(scheme, settings.host)
+        keys = settings.read_keys()
+        for scheme in wanted_schemes(settings.transport, has_keys=keys is not None):
+            transport = make_transport(scheme, settings.host, keys)
             faults = faults_of(settings.faulty, scheme)
             self._transports[scheme] = GuardedTransport(FaultyTransport(transport, faults) if faults else transport)
         self._connections = Connections(self._transports, self._clock)

@@ -27,6 +27,7 @@ from transport.probe import Measurement
 BACKOFF_S = 10.0
 LONGEST_BACKOFF_S = 300.0
 FORGET_AFTER_S = 60.0
+MAX_RECEIVERS = 1024
 MAX_LOST_WRITES = 3
 """Hand-offs whose writes fail one after the other, on an endpoint that says nothing, until the path counts as failed.
 One can fail without the path's fault: its receiver has given it up."""
@@ -107,8 +108,11 @@ class Connections:
     # ---- the prober's thread ----
 
     def greet(self, peer: Peer, offers: Sequence[tuple[str, bytes]], rank: int = 0) -> None:
-        """A rank of a peer expects to be measured. Raises TransferError if no transport joins both sides."""
+        """A rank of a peer expects to be measured. Raises TransferError if no transport joins both sides, or too many
+        peers are known: anyone may say so."""
         with self._lock:
+            if len(self._peers) >= MAX_RECEIVERS and Far(peer.boot_id, rank) not in self._peers:
+                raise TransferError(f"{MAX_RECEIVERS} receivers are known; no more are measured")
             self._meet(peer, offers, rank).expects_probes = True
 
     def due(self) -> list[Far]:

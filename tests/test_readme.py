@@ -69,6 +69,16 @@ SUPPORTED: list[tuple[str, str, str]] = [
         "engine/test_cache.py::test_a_flipped_bit_in_the_arena_is_computed_anew_and_counted",
     ),
     ("Official `openai` client, `vllm bench serve`", "yes", "engine/test_clients.py::test_the_official_client"),
+    (
+        "Encrypted control plane and `zmq`, members only",
+        "yes, with `--keys`",
+        "engine/test_keys.py::test_a_handoff_by_zmq_is_exact_and_with_keys_nothing_of_it_can_be_read",
+    ),
+    (
+        "A decode instance restarts, its old memory is let go",
+        "yes",
+        "engine/test_restart.py::test_the_old_memory_is_gone_from_the_prefill_instance_and_the_next_hand_off_works",
+    ),
     ("Tensor, pipeline, data parallel above 1", "refused by name", "cluster/test_preflight.py"),
     ("Speculative decoding, quantised KV cache", "refused by name", "cluster/test_preflight.py"),
     ("Sliding-window, Mamba and hybrid models", "refused by name", "cluster/test_preflight.py"),
@@ -109,7 +119,16 @@ def test_every_script_that_the_readme_names_exists_and_runs() -> None:
 
 
 def test_every_command_of_the_readme_is_run_by_some_test() -> None:
-    """curl: test_clients; launch, demo, cache, doctor: tests/cluster; instance, vllm serve: test_join."""
-    known = ("scripts/launch ", "curl ", "baton instance ", "baton cache ", "baton doctor", "vllm serve ")
+    """curl: test_clients; launch, demo, cache, doctor: tests/cluster; instance, vllm serve: test_join; keys:
+    test_command."""
+    known = (
+        "scripts/launch ",
+        "curl ",
+        "baton instance ",
+        "baton cache ",
+        "baton keys ",
+        "baton doctor",
+        "vllm serve ",
+    )
     for command in commands():
         assert command.startswith(known), f"no test runs {command!r}"

@@ -4,6 +4,7 @@
 
 Memory model: a `Party` is a transport with three regions of different shapes in one memory, allocated by the
 transport or else a plain buffer that outlives it. Gaps between blocks are part of the memory, and must stay unchanged.
+Memory that this processor cannot address reads and writes itself (`FarMemory`).
 Threading: everything runs on the caller's thread; every wait is bounded.
 """
 
@@ -17,10 +18,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
 
 from core.errors import TransferError
 from transport.base import Blocks, Endpoint, Landing, Region, Transfer, TransferState, Transport
-from transport.digest import add, blocks_digest
+from transport.digest import add, bytes_digest
 
 Maker = Callable[[], Transport]
 
@@ -47,6 +49,31 @@ def finish(*transfers: Transfer, state: TransferState = TransferState.DONE) -> N
         assert bool(transfer.failure()) == (state is TransferState.FAILED), "a failure has a reason, and only it"
 
 
+@runtime_checkable
+class FarMemory(Protocol):
+    """Memory that this process's processor cannot address (a GPU's): a transport's `allocate` may return it here."""
+
+    address: int
+
+    def read(self, offset: int, num_bytes: int) -> bytes: ...
+
+    def write(self, offset: int, content: bytes) -> None: ...
+
+
+class NearMemory:
+    """Memory like any other."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.address = address
+        self._all = memoryview((ctypes.c_char * num_bytes).from_address(address)).cast("B")
+
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        return bytes(self._all[offset : offset + num_bytes])
+
+    def write(self, offset: int, content: bytes) -> None:
+        self._all[offset : offset + len(content)] = content
+
+
 class Party:
     """One transport, its memory and regions."""
 
@@ -56,9 +83,10 @@ class Party:
         self._memory = transport.allocate(num_bytes)
         self._buffer = ctypes.create_string_buffer(num_bytes if self._memory is None else 1)
         address = ctypes.addressof(self._buffer) if self._memory is None else self._memory.address
-        self._all = memoryview((ctypes.c_char * num_bytes).from_address(address)).cast("B")
-        self._all[:] = _content(seed, num_bytes)
-        self._base = address
+        near = NearMemory(address, num_bytes)
+        self._bytes: FarMemory = self._memory if isinstance(self._memory, FarMemory) else near
+        self._bytes.write(0, _content(seed, num_bytes))
+        self._num_bytes = num_bytes
         self.regions: list[Region] = []
         for index, (block_bytes, stride, num_blocks) in enumerate(_SHAPES):
             self.regions.append(Region(index, address, block_bytes, stride, num_blocks))
@@ -67,11 +95,11 @@ class Party:
 
     def snapshot(self) -> bytearray:
         """All memory, gaps included."""
-        return bytearray(self._all)
+        return bytearray(self._bytes.read(0, self._num_bytes))
 
     def block(self, region: int, block_id: int) -> bytes:
         """One block's bytes."""
-        return bytes(self._all[self._slice(region, block_id)])
+        return self._bytes.read(self._slice(region, block_id).start, self.regions[region].block_bytes)
 
     def put(self, snapshot: bytearray, region: int, block_id: int, content: bytes, start: int = 0) -> None:
         """Writes into a snapshot what a block should hold."""
@@ -82,12 +110,13 @@ class Party:
         """Over every byte of these blocks, as they lie in memory."""
         total = 0
         for blocks in expected:
-            total = add(total, blocks_digest(self.regions[blocks.region], blocks.ids, 0, full=True))
+            for position, block_id in enumerate(blocks.ids):
+                total = add(total, bytes_digest(self.block(blocks.region, block_id), blocks.region, position))
         return total
 
     def _slice(self, region: int, block_id: int) -> slice:
         shape = self.regions[region]
-        first = shape.address - self._base + block_id * shape.stride
+        first = shape.address - self._bytes.address + block_id * shape.stride
         return slice(first, first + shape.block_bytes)
 
 

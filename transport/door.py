@@ -5,7 +5,8 @@
 
 An engine without requests takes no steps, yet paths are opened and measured when instances join.
 
-Memory model: one connection; at most MAX_WORDS words wait on the scheduler's half, the oldest are dropped.
+Memory model: one connection; at most MAX_WORDS words of MAX_WORD_BYTES wait on the scheduler's half, the oldest are
+dropped, and so is what is larger: some of it comes from peers.
 Threading: `Door` belongs to one thread, but for `wake`. `DoorKey` has a lock; its calls never wait.
 """
 
@@ -26,8 +27,8 @@ from core.handoff import Peer
 from core.path import Path
 from transport.shm_listener import peer_uid
 
-MAX_WORD_BYTES = 1 << 20
-MAX_WORDS = 4096
+MAX_WORD_BYTES = 128 << 10
+MAX_WORDS = 256
 SAY_TIMEOUT_S = 1.0
 
 
@@ -163,9 +164,11 @@ class DoorKey:
 
     def say(self, word: Word) -> None:
         """Sent now, or by `listen` as soon as the worker takes it."""
-        with self._lock:
-            self._waiting.append(_ENCODER.encode(word))
-            self._flush()
+        wire = _ENCODER.encode(word)
+        if len(wire) <= MAX_WORD_BYTES:
+            with self._lock:
+                self._waiting.append(wire)
+                self._flush()
 
     def listen(self) -> list[Word]:
         """What has been said since the last call; sends what waits."""

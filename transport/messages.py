@@ -13,14 +13,20 @@ with another protocol or layout is answered clearly instead of being misread.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from core.errors import ProtocolError
-from core.handoff import Peer
+from core.handoff import LONGEST_NAME, Peer
 from core.layout import PROTOCOL_VERSION, KVLayout
 
 MAX_MESSAGE_BYTES = 4 << 20
 """A control message larger than this is dropped unread (an Accept for one million tokens is under 1 MB)."""
+
+MAX_SCHEMES = 32
+
+_Id = Annotated[str, msgspec.Meta(max_length=LONGEST_NAME)]
 
 
 class Accept(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -33,13 +39,13 @@ class Accept(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     full_digest: whether every byte counts in the digest, or a few cache lines of every block.
     """
 
-    handoff: str
+    handoff: _Id
     num_prompt_tokens: int
     prompt_hash: bytes
     first_block: int
     block_ids: list[int]
     num_tokens: int
-    schemes: list[tuple[str, bytes]]
+    schemes: Annotated[list[tuple[str, bytes]], msgspec.Meta(max_length=MAX_SCHEMES)]
     full_digest: bool
     timeout_s: float
 
@@ -47,27 +53,27 @@ class Accept(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
 class Decline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """D needs nothing from P for this request."""
 
-    handoff: str
+    handoff: _Id
     why: str
 
 
 class Cancel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """D gives up (client gone, deadline): P must stop writing and answer Cancelled."""
 
-    handoff: str
+    handoff: _Id
     why: str
 
 
 class Cancelled(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """P will not write for this hand-off any more: D may reuse the blocks."""
 
-    handoff: str
+    handoff: _Id
 
 
 class Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """P never wrote and will not. `layout` is P's own where the layouts differ."""
 
-    handoff: str
+    handoff: _Id
     why: str
     layout: KVLayout | None = None
 
@@ -75,14 +81,14 @@ class Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True)
 class Failed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """P gave up, perhaps after writing; no write can follow any more."""
 
-    handoff: str
+    handoff: _Id
     why: str
 
 
 class Landed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """Every byte is in place. num_pairs counts (layer, block) pairs; the digest is over them."""
 
-    handoff: str
+    handoff: _Id
     num_tokens: int
     num_pairs: int
     num_bytes: int
@@ -95,8 +101,8 @@ class Landed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
 class Greeting(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """D expects to be connected to and probed by P; `schemes` as in Accept. It belongs to no hand-off."""
 
-    schemes: list[tuple[str, bytes]]
-    handoff: str = ""
+    schemes: Annotated[list[tuple[str, bytes]], msgspec.Meta(max_length=MAX_SCHEMES)]
+    handoff: _Id = ""
 
 
 Message = Accept | Decline | Cancel | Cancelled | Refused | Failed | Landed | Greeting
@@ -108,7 +114,7 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True):
     protocol: int
     fingerprint: str
     sender: Peer
-    handoff: str
+    handoff: _Id
     body: msgspec.Raw
 
 

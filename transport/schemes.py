@@ -1,7 +1,9 @@
 """Every transport by its scheme: imported when it is asked for, so that a missing library costs that scheme alone.
 
 A transport's module offers three functions: `make(host)`, `unavailable()` (why it cannot run here, empty if it can),
-`is_reachable(description)` (whether a peer's description may be connected to from here, without trying).
+`is_reachable(description)` (whether a peer's description may be connected to from here, without trying). One whose
+bytes travel over a network also has `make_encrypted(host, keys)`, or is refused where the cluster has keys. One with
+`MEASURED = False` has no results file from the hardware it is for: it is taken when pinned by hand, never by itself.
 
 Memory and threading: none of its own.
 """
@@ -14,16 +16,17 @@ from typing import Protocol, cast
 
 from core.errors import ConfigError
 from transport.base import Transport
+from transport.keys import Keys
 
 _MODULES = {
     "shm": "transport.shm",
     "zmq": "transport.zmq_tcp",
+    "cuda_ipc": "transport.cuda_ipc",
     "inproc": "transport.inproc",
 }
 SCHEMES = tuple(_MODULES)
-
-NEVER_MEASURED = frozenset({"cuda_ipc"})
-"""Schemes without a results file from the hardware they are for: taken when pinned by hand, never by themselves."""
+OFF_THE_WIRE = frozenset({"shm", "cuda_ipc", "inproc"})
+"""Nothing of these leaves the host's memory, so there is nothing to encrypt."""
 
 _FOR_FAST_HARDWARE = frozenset({"nixl", "ucx"})
 """On one host of CPUs they lose to shm and cost every engine their libraries' memory and start-up: `auto` takes them
@@ -37,28 +40,33 @@ def choices() -> list[str]:
     return ["auto", *(scheme for scheme in SCHEMES if scheme not in _WITHIN_ONE_PROCESS)]
 
 
-def wanted_schemes(transport: str) -> list[str]:
-    """The schemes that an instance offers, best first: `auto` or the one that was pinned.
+def wanted_schemes(transport: str, *, has_keys: bool = False) -> list[str]:
+    """The schemes that an instance offers, best first: `auto` or the one that was pinned. has_keys: see `unavailable`.
 
     Raises ConfigError, with the reason, if that one is unknown or cannot run here.
     """
     if transport != "auto":
-        why = unavailable(transport)
+        why = unavailable(transport, has_keys=has_keys)
         if why:
             raise ConfigError(
                 f"--transport {transport} cannot run here: {why}; `baton doctor` shows what can, and auto takes it"
             )
         return [transport]
-    return [scheme for scheme in choices()[1:] if not why_not_auto(scheme)]
+    return [scheme for scheme in choices()[1:] if not why_not_auto(scheme, has_keys=has_keys)]
 
 
-def why_not_auto(scheme: str) -> str:
+def why_not_auto(scheme: str, *, has_keys: bool = False) -> str:
     """Why `auto` does not offer a scheme; empty if it does."""
-    if scheme in NEVER_MEASURED:
+    if not is_measured(scheme):
         return "never measured on its hardware: only when pinned by --transport"
     if scheme in _FOR_FAST_HARDWARE and not has_fast_hardware():
         return "no RDMA device and no GPU here: only when pinned by --transport"
-    return unavailable(scheme)
+    return unavailable(scheme, has_keys=has_keys)
+
+
+def is_measured(scheme: str) -> bool:
+    """Whether it may be taken without being pinned. Raises ConfigError if there is no such scheme."""
+    return bool(getattr(_module(scheme), "MEASURED", True))
 
 
 def has_fast_hardware(root: Path = Path("/")) -> bool:
@@ -74,19 +82,26 @@ class _Module(Protocol):
     def is_reachable(self, description: bytes) -> bool: ...
 
 
-def make_transport(scheme: str, host: str) -> Transport:
-    """A transport by name. host: the address under which peers reach this machine, where that matters. Raises
-    ConfigError if there is none of that name, or it cannot run here."""
+def make_transport(scheme: str, host: str, keys: Keys | None = None) -> Transport:
+    """A transport by name. host: the address under which peers reach this machine, where that matters. keys: what
+    leaves this host is encrypted. Raises ConfigError if there is none of that name, or it cannot run here."""
     module = _module(scheme)
-    why = module.unavailable()
+    why = unavailable(scheme, has_keys=keys is not None)
     if why:
         raise ConfigError(f"transport {scheme!r} is not available here: {why}")
-    return module.make(host)
+    if keys is None or scheme in OFF_THE_WIRE:
+        return module.make(host)
+    made: Transport = module.make_encrypted(host, keys)  # type: ignore[attr-defined]
+    return made
 
 
-def unavailable(scheme: str) -> str:
-    """Why a scheme cannot run here; empty if it can. Raises ConfigError if there is none of that name."""
-    return _module(scheme).unavailable()
+def unavailable(scheme: str, *, has_keys: bool = False) -> str:
+    """Why a scheme cannot run here; empty if it can. has_keys: it must be encrypted, or stay in this host's memory.
+    Raises ConfigError if there is none of that name."""
+    module = _module(scheme)
+    if has_keys and scheme not in OFF_THE_WIRE and not hasattr(module, "make_encrypted"):
+        return "it cannot be encrypted, and the cluster has keys: use zmq or shm, or leave out --keys"
+    return module.unavailable()
 
 
 def is_reachable(scheme: str, description: bytes) -> bool:

@@ -3,8 +3,8 @@
     prober's scratch: blocks 0..31 ── write ──▶ owner's scratch: blocks 32..63      landing "probe:<prober's boot id>"
                       blocks 32..63 ◀── read ── owner's scratch: blocks 0..31
 
-Memory model: 2 MiB, one region of 64 blocks under the id SCRATCH_REGION in every transport of a process. What lies in
-it means nothing, so any number of probers may write it at once.
+Memory model: 2 MiB, one region of 64 blocks under the id SCRATCH_REGION in every transport of a process; one that must
+own its memory has 2 MiB for itself. What lies in it means nothing, so any number of probers may write it at once.
 Threading: `Scratch` is made before the transports are described; `ScratchLandings` has a lock of its own.
 """
 
@@ -34,14 +34,17 @@ class OwnMemory:
 
 
 class Scratch:
-    """Allocates the memory where a transport must own it, and registers it with all of them. Before `describe`."""
+    """Allocates and registers the memory, before `describe`; keep it as long as the transports."""
 
     def __init__(self, transports: Mapping[str, Transport]) -> None:
-        self.memory = _allocate(transports, SCRATCH_BLOCK_BYTES * NUM_SCRATCH_BLOCKS)
+        num_bytes = SCRATCH_BLOCK_BYTES * NUM_SCRATCH_BLOCKS
         shape = (SCRATCH_BLOCK_BYTES, SCRATCH_BLOCK_BYTES, NUM_SCRATCH_BLOCKS)
-        region = Region(SCRATCH_REGION, self.memory.address, *shape)
+        shared: Memory = OwnMemory(num_bytes)
+        self._memories = [shared]
         for transport in transports.values():
-            transport.register(region)
+            owned = transport.allocate(num_bytes)
+            self._memories += [owned] if owned is not None else []
+            transport.register(Region(SCRATCH_REGION, (owned or shared).address, *shape))
 
 
 class ScratchLandings:
@@ -75,11 +78,3 @@ class ScratchLandings:
 def probe_tag(boot_id: str) -> str:
     """The tag under which the instance of this boot id probes others."""
     return f"probe:{boot_id}"
-
-
-def _allocate(transports: Mapping[str, Transport], num_bytes: int) -> Memory:
-    for transport in transports.values():
-        memory = transport.allocate(num_bytes)
-        if memory is not None:
-            return memory
-    return OwnMemory(num_bytes)

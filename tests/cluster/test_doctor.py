@@ -16,7 +16,7 @@ from core.errors import ConfigError, TransferError
 from core.finding import Finding, Verdict
 from engine.instance import source_path
 from tests.readme import ROOT, replace_section, section
-from transport import schemes
+from transport import schemes, zmq_tcp
 from transport.probe_pair import process_pairs
 from transport.schemes import choices, wanted_schemes, why_not_auto
 
@@ -155,7 +155,9 @@ def test_a_pinned_transport_that_cannot_run_is_refused_before_the_start(monkeypa
 
 
 def test_what_was_never_measured_on_its_hardware_is_never_taken_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schemes, "NEVER_MEASURED", frozenset({"zmq"}))
+    assert "cuda_ipc" not in wanted_schemes("auto")
+    assert "never measured" in why_not_auto("cuda_ipc")
+    monkeypatch.setattr(zmq_tcp, "MEASURED", False, raising=False)
     assert "zmq" not in wanted_schemes("auto")
     assert "never measured" in why_not_auto("zmq")
     assert wanted_schemes("zmq") == ["zmq"], "but by hand"

@@ -17,7 +17,7 @@ from core.handoff import Peer
 from core.path import Path, PathState
 from decode.land import Arm, Check, Drop, LandCommands
 from decode.lander import Lander
-from prefill.connections import BACKOFF_S, FORGET_AFTER_S, MAX_LOST_WRITES, Connections
+from prefill.connections import BACKOFF_S, FORGET_AFTER_S, MAX_LOST_WRITES, MAX_RECEIVERS, Connections
 from prefill.peer_paths import Far
 from prefill.prober import Prober, probe
 from prefill.push import PushChunk, PushCommands, Pushed, PushTarget
@@ -186,6 +186,15 @@ def test_when_everything_has_failed_the_one_that_failed_first_is_tried_again(hou
     assert house.states() == {"shm": CHOSEN, "zmq": FAILED}
     with pytest.raises(TransferError, match="every transport to d has failed: shm, zmq"):
         house.connections.pick(PEER, house.far.offers, ["shm", "zmq"])
+
+
+def test_greetings_without_end_are_bounded(house: House) -> None:
+    for index in range(MAX_RECEIVERS):
+        house.connections.greet(Peer("d", PEER.control, f"boot {index}"), house.far.offers)
+    with pytest.raises(TransferError, match="no more are measured"):
+        house.connections.greet(PEER, house.far.offers)
+    house.connections.greet(Peer("d", PEER.control, "boot 0"), house.far.offers)
+    assert house.scheme() == "shm", "a hand-off still finds its way"
 
 
 def test_a_path_that_cannot_even_be_opened_is_passed_over(house: House) -> None:

@@ -11,7 +11,7 @@ from core.errors import TransferError
 from core.handoff import Peer
 from core.path import Path, PathState
 from tests.poll import until
-from transport.door import MAX_WORDS, Await, Door, DoorKey, Meet, Named, News, Word
+from transport.door import MAX_WORD_BYTES, MAX_WORDS, Await, Door, DoorKey, Meet, Named, News, Word
 
 PEER = Peer("d", "tcp://127.0.0.1:1", "boot-d")
 
@@ -53,6 +53,18 @@ def test_a_worker_that_does_not_listen_holds_nobody_up() -> None:
     until(all_heard, 10.0, "what was said meanwhile")
     for _ in range(MAX_WORDS + 10):
         key.say(Named("x" * 1000))
+    key.say(Named("x" * MAX_WORD_BYTES))
+    key.say(Named("after all that"))
+    heard.clear()
+
+    def is_last_heard() -> bool:
+        heard.extend(door.hear(0.01))
+        key.listen()
+        return heard[-1:] == [Named("after all that")]
+
+    until(is_last_heard, 10.0, "the last word")
+    assert len(heard) <= MAX_WORDS + 200, "what waits is bounded, and the oldest went"
+    assert max(len(word.boot_id) for word in heard if isinstance(word, Named)) == 1000, "what is too large is dropped"
     key.close()
     door.close()
 
