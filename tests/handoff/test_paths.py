@@ -20,7 +20,7 @@ from decode.lander import Lander
 from prefill.connections import BACKOFF_S, FORGET_AFTER_S, MAX_LOST_WRITES, MAX_RECEIVERS, Connections
 from prefill.peer_paths import Far
 from prefill.prober import Prober, probe
-from prefill.push import PushChunk, PushCommands, Pushed, PushTarget
+from prefill.push import PushChunk, PushCommands, Pushed, PushResults, PushTarget
 from prefill.pusher import Pusher
 from tests.poll import until
 from transport.base import Region, Transport
@@ -120,8 +120,7 @@ def test_before_it_is_measured_the_first_offer_is_taken_and_then_the_fastest(slo
     assert slow_shm.scheme() == "zmq"
     paths = slow_shm.paths()
     assert (paths["shm"].state, paths["zmq"].state) == (STANDBY, CHOSEN)
-    assert paths["zmq"].write_gb_per_s > paths["shm"].write_gb_per_s
-    assert paths["zmq"].read_gb_per_s > 0
+    assert paths["zmq"].write_gb_per_s > paths["shm"].write_gb_per_s == 0.0, "which moved nothing in time"
     assert slow_shm.connections.due() == [], "what is measured is remembered"
 
 
@@ -239,7 +238,11 @@ def test_the_prober_introduces_measures_and_tells() -> None:
 
     def measured() -> bool:
         heard.extend(word for word in key.listen() if isinstance(word, News))
-        return bool(heard) and len(heard[-1].paths) == 2 and all(path.write_gb_per_s for path in heard[-1].paths)
+        return (
+            bool(heard)
+            and len(heard[-1].paths) == 2
+            and all(path.why != "not measured yet" for path in heard[-1].paths)
+        )
 
     until(measured, 20.0, "news of both paths")
     assert sum(path.state is CHOSEN for path in heard[-1].paths) == 1
@@ -265,15 +268,24 @@ class HandOff:
         self.lander = Lander(house.far.transports, house.far.regions, clock, faults)
         self.lander.begin_step(LandCommands(arm=[Arm(id_, "request", [8, 9, 10, 11], False)]))
         self.target = PushTarget(PEER, house.far.offers, 0, 16, [8, 9, 10, 11], False)
+        self.ended = PushResults()
 
-    def step(self, num_tokens: int) -> list[Pushed]:
+    def step(self, num_tokens: int) -> None:
         """One forward pass, after which so many tokens are computed."""
         chunk = PushChunk(self.id, self.target, num_tokens, [0, 1, 2, 3], 0)
         self.pusher.begin_step(PushCommands([chunk]))
         for layer in range(LAYERS):
             self.pusher.save_layer(layer)
         self.pusher.sweep()
-        return self.pusher.end_step().pushed
+        self.settle()
+
+    def settle(self) -> PushResults:
+        """What has ended so far."""
+        results = self.pusher.end_step()
+        self.ended.pushed += results.pushed
+        self.ended.failed += results.failed
+        self.ended.quiet += results.quiet
+        return self.ended
 
     def land(self, pushed: Pushed) -> bool:
         """Whether the receiver finds what the sender says."""
@@ -297,9 +309,9 @@ def test_a_path_that_fails_at_any_write_costs_the_hand_off_nothing(after: int) -
     house = House({"shm": Faults(disconnect_after=after)})
     try:
         hand_off = HandOff(house)
-        pushed = hand_off.step(8) + hand_off.step(16)
-        while not pushed:
-            pushed = hand_off.pusher.end_step().pushed
+        hand_off.step(8)
+        hand_off.step(16)
+        pushed = until(lambda: hand_off.settle().pushed, 20.0, "everything is pushed")
         assert (pushed[0].scheme, pushed[0].num_pairs) == ("zmq", 4 * LAYERS)
         assert pushed[0].why_rerouted == "shm failed: disconnected by a fault"
         assert hand_off.land(pushed[0])
@@ -316,7 +328,7 @@ def test_where_no_other_path_is_left_the_hand_off_fails_as_before() -> None:
     try:
         hand_off = HandOff(house)
         hand_off.step(16)
-        results = hand_off.pusher.end_step()
+        results = hand_off.settle()
         assert [failure.why for failure in results.failed] == ["disconnected by a fault"]
         assert results.quiet == ["h"]
     finally:
@@ -346,5 +358,5 @@ def test_what_a_given_up_hand_off_has_sent_finds_no_open_landing(house: House) -
     late = msgspec.structs.replace(hand_off.target, schemes=house.far.offers[1:])
     hand_off.target = late
     hand_off.step(16)
-    until(lambda: hand_off.pusher.end_step().failed, 10.0, "late writes are refused")
+    until(lambda: hand_off.settle().failed, 10.0, "late writes are refused")
     assert house.far.block(0, 8)[0] == 2
