@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _PASSED = ("--prefill-args", "--decode-args")
 _CLEAR = "\r\033[K"
-_BENCHMARKS = ("handoff", "cache", "codecs")
+_BENCHMARKS = ("handoff", "transfer", "cache", "codecs")
 _CACHE_WORDS = (
     "disk=/FOLDER:SIZE, redis://HOST:PORT, s3://BUCKET/PREFIX, peer=HOST:PORT with listen=HOST:PORT; codec=zstd behind "
     "a tier; policy=lru, ttl=1h, quota=2GiB, write=back, admit=second"
@@ -102,7 +102,7 @@ _USAGE = """usage: baton COMMAND ...
   cache        serve, stats, ls, pin, unpin, drop, warm: the host's shared KV cache by hand
   demo         start 1P1D with the bundled model, ask a question, show its timeline, stop
   doctor       which transports work here, how fast, and which limits stand in the way
-  bench NAME   measure; NAME is one of: handoff, cache, codecs
+  bench NAME   measure; NAME is one of: handoff, transfer, cache, codecs
 
 baton COMMAND --help says more."""
 

@@ -42,7 +42,7 @@ class WorkerSide:
         self._transports: dict[str, Transport] = {}
         keys = settings.read_keys()
         for scheme in wanted_schemes(settings.transport, has_keys=keys is not None):
-            transport = make_transport(scheme, settings.host, keys)
+            transport = make_transport(scheme, settings.host, keys, settings.transport_options)
             faults = faults_of(settings.faulty, scheme)
             self._transports[scheme] = GuardedTransport(FaultyTransport(transport, faults) if faults else transport)
         self._connections = Connections(self._transports, self._clock)

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from core.errors import TransferError
 from transport.base import Blocks, Region
 from transport.digest import bytes_digest
-from transport.regions import Span, resolve, view
+from transport.regions import Span, known_view, resolve
 
 MAX_CLOSED_TAGS = 4096
 MAX_PIECES_PER_BLOCK = 1024
@@ -92,9 +92,10 @@ class CountedLanding:
         expected = self._positions.get(region_id)
         if expected is None:
             return f"region {region_id} is not expected under this tag"
-        for block_id in block_ids:
-            if block_id not in expected:
-                return f"block {block_id} of region {region_id} is not expected under this tag"
+        unexpected = next((block_id for block_id in block_ids if block_id not in expected), None)
+        if unexpected is not None:
+            return f"block {unexpected} of region {region_id} is not expected under this tag"
+        for block_id in block_ids if self._pieces else ():
             if len(self._pieces.get((region_id, block_id), ())) >= MAX_PIECES_PER_BLOCK:
                 return f"block {block_id} of region {region_id} comes in too many pieces"
         return ""
@@ -103,15 +104,27 @@ class CountedLanding:
         """Counts bytes that are in place now. Under the inbox's lock."""
         region = span.region
         is_whole = span.num_bytes == region.block_bytes
-        for block_id in block_ids:
-            pair = (region.id, block_id)
-            if not is_whole and pair not in self._summands:
-                pieces = self._pieces.setdefault(pair, Pieces())
-                pieces.add(span.start, span.start + span.num_bytes)
-                if not pieces.covers(region.block_bytes):
-                    continue
-            self._pieces.pop(pair, None)
-            self._count(region, block_id)
+        complete = block_ids if is_whole else [each for each in block_ids if self._is_complete(span, each)]
+        memory = known_view(region.address, (region.num_blocks - 1) * region.stride + region.block_bytes)
+        positions, stride, size = self._positions[region.id], region.stride, region.block_bytes
+        for block_id in complete:
+            pair, at = (region.id, block_id), block_id * stride
+            summand = bytes_digest(memory[at : at + size], region.id, positions[block_id])
+            self._sum += summand - self._summands.get(pair, 0)
+            self._summands[pair] = summand
+        self._sum &= _MASK
+        if self._pieces:
+            for block_id in complete:
+                self._pieces.pop((region.id, block_id), None)
+
+    def _is_complete(self, span: Span, block_id: int) -> bool:
+        """Adds a part of a block; whether all its parts are there now."""
+        pair = (span.region.id, block_id)
+        if pair in self._summands:
+            return True
+        pieces = self._pieces.setdefault(pair, Pieces())
+        pieces.add(span.start, span.start + span.num_bytes)
+        return pieces.covers(span.region.block_bytes)
 
     def notify(self, notice: bytes) -> bool:
         """Keeps a notice for `poll`; False if too many wait already. Under the inbox's lock."""
@@ -119,12 +132,6 @@ class CountedLanding:
             return False
         self._notices.append(notice)
         return True
-
-    def _count(self, region: Region, block_id: int) -> None:
-        block = view(region.address + block_id * region.stride, region.block_bytes)
-        summand = bytes_digest(block, region.id, self._positions[region.id][block_id])
-        self._sum = (self._sum - self._summands.get((region.id, block_id), 0) + summand) & _MASK
-        self._summands[region.id, block_id] = summand
 
 
 class Inbox:

@@ -26,6 +26,7 @@ from transport.zmq_transfer import gather, scatter
 from transport.zmq_wire import (
     FRAME_BYTES,
     MAX_FRAMES_IN_FLIGHT,
+    WINDOW_BYTES,
     Ack,
     Answer,
     Ask,
@@ -44,6 +45,8 @@ MAX_PARKED_FRAMES = 8192
 PARKING_TIMEOUT_S = 2.0
 MAX_PEERS = 4096
 MESSAGES_PER_TURN = 64
+MAX_UNANSWERED_BYTES = WINDOW_BYTES // 8
+"""Within a turn: a sender whose window is full waits for the answers."""
 _PARKED_COST_BYTES = 512
 
 
@@ -81,12 +84,20 @@ class ZmqReceiver:
         """Takes some messages, applies what was parked for tags that are expected now, answers."""
         self._unpark(now_s)
         if is_readable:
+            num_bytes = 0
             for _ in range(MESSAGES_PER_TURN):
                 parts = self._next_message()
                 if parts is None:
                     break
                 if not self._handle(parts, now_s):
                     self.malformed += 1
+                num_bytes += sum(map(len, parts))
+                if num_bytes > MAX_UNANSWERED_BYTES:
+                    num_bytes = 0
+                    self._send_acks()
+        self._send_acks()
+
+    def _send_acks(self) -> None:
         for identity, numbers in self._acks.items():
             self._reply(identity, Ack(numbers))
         self._acks.clear()

@@ -13,6 +13,7 @@ receiver's `Landing.close`, or the end of every transfer; frames under way when 
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import os
 import secrets
@@ -254,17 +255,20 @@ class _Doorbell:
         self.is_closed = False
         self._lock = threading.Lock()
         self._is_free = False
+        self._is_rung = False
 
     def ring(self) -> None:
+        """Wakes the thread, unless it was rung and has not answered yet: what is queued now it will see then."""
         with self._lock:
-            if not self._is_free:
+            if not (self._is_free or self._is_rung):
+                self._is_rung = True
                 os.eventfd_write(self.fd, 1)
 
     def answer(self) -> None:
-        try:
+        """Before looking at any queue."""
+        with self._lock, contextlib.suppress(BlockingIOError):
+            self._is_rung = False
             os.eventfd_read(self.fd)
-        except BlockingIOError:
-            return
 
     def close(self) -> None:
         self.is_closed = True

@@ -15,6 +15,7 @@ import zmq
 
 from transport.base import Region, TransferState
 from transport.regions import Span, copy_pairs, is_run, view
+from transport.zmq_buffers import FrameBuffers
 from transport.zmq_wire import Ask, Data, Notice, Piece, cut, encode
 
 
@@ -75,12 +76,12 @@ class ZmqTransfer:
         if self._is_sent and self._num_unanswered == 0 and self._state is TransferState.RUNNING:
             self._state = TransferState.FAILED if self._why_failed else TransferState.DONE
 
-    def next_frame(self, number: int) -> tuple[Piece | None, list[bytes | memoryview]] | None:
-        """The next frame under this number; None where nothing is left to send."""
+    def next_frame(self, number: int, buffers: FrameBuffers) -> tuple[Piece | None, list[bytes | memoryview]] | None:
+        """The next frame under this number, gathered into these; None where nothing is left to send."""
         piece = None if self._is_sent else next(self._pieces, None)
         if piece is not None:
             self._num_unanswered += 1
-            return piece, self._frame(number, piece)
+            return piece, self._frame(number, piece, buffers)
         if self._notice is None or self._is_sent or self._task.tag is None:
             self._is_sent = True
             return None
@@ -95,17 +96,25 @@ class ZmqTransfer:
         scatter(payload, self._part(self._task.local, piece), self._task.local_ids[piece.first : piece.last])
         return True
 
-    def _frame(self, number: int, piece: Piece) -> list[bytes | memoryview]:
+    def _frame(self, number: int, piece: Piece, buffers: FrameBuffers) -> list[bytes | memoryview]:
         task = self._task
         remote = self._part(task.remote, piece)
         ids = list(task.remote_ids[piece.first : piece.last])
         if task.tag is None:
             return [encode(Ask(number, remote.region.id, ids, remote.start, remote.num_bytes))]
         header = encode(Data(number, task.tag, remote.region.id, ids, remote.start, remote.num_bytes))
-        return [header, gather(self._part(task.local, piece), task.local_ids[piece.first : piece.last])]
+        local_ids = task.local_ids[piece.first : piece.last]
+        return [
+            header,
+            gather(self._part(task.local, piece), local_ids, lambda num_bytes: buffers.lend(number, num_bytes)),
+        ]
 
     def _part(self, span: Span, piece: Piece) -> Span:
         return Span(span.region, span.start + piece.start, piece.num_bytes)
+
+
+def _new_room(num_bytes: int) -> memoryview:
+    return memoryview(bytearray(num_bytes))
 
 
 def payload_bytes(piece: Piece) -> int:
@@ -113,14 +122,15 @@ def payload_bytes(piece: Piece) -> int:
     return (piece.last - piece.first) * piece.num_bytes
 
 
-def gather(span: Span, ids: Sequence[int]) -> memoryview:
-    """The span's bytes of these blocks, one after the other; without a copy where they lie like that."""
+def gather(span: Span, ids: Sequence[int], room: Callable[[int], memoryview] = _new_room) -> memoryview:
+    """The span's bytes of these blocks, one after the other; without a copy where they lie like that. room: makes
+    memory of a size."""
     if len(ids) == 1 or (span.is_dense() and is_run(ids)):
         return view(span.address(ids[0]), len(ids) * span.num_bytes)
-    gathered = bytearray(len(ids) * span.num_bytes)
+    gathered = room(len(ids) * span.num_bytes)
     target = _packed(ctypes.addressof(ctypes.c_char.from_buffer(gathered)), span.num_bytes, len(ids))
     copy_pairs(span, ids, target, range(len(ids)))
-    return memoryview(gathered)
+    return gathered
 
 
 def scatter(payload: zmq.Frame, span: Span, ids: Sequence[int]) -> None:
