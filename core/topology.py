@@ -37,7 +37,7 @@ class InstanceInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     url: base address of its OpenAI server.
     control: address of its control socket; empty for a plain vLLM, which can neither send nor receive.
-    fingerprint: of its KVLayout; only instances with the same one are paired.
+    fingerprint: of its KVLayout; only instances with the same one are paired. num_ranks: tensor-parallel workers.
     silent_peers: boot ids of instances that were asked to stop writing into its memory and do not answer: only their
         end makes the blocks safe to use again, so whoever started them must end them.
     """
@@ -54,6 +54,7 @@ class InstanceInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     free_blocks: int = 0
     pid: int = 0
     silent_peers: list[str] = []
+    num_ranks: int = 1
 
 
 class Heartbeat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -6,6 +6,7 @@ import torch
 
 from core.clock import SystemClock
 from core.errors import UnsupportedError
+from core.layout import KVLayout
 from decode.lander import Lander
 from engine.arrivals import Arrivals, Part
 from engine.cache_side import CacheWorker
@@ -25,15 +26,16 @@ SCHEMES = ("shm", "zmq")
 
 
 class WorkerSide:
-    """One worker's memory, transports, pushes and landings. Lives in the worker's thread."""
+    """One worker's memory, transports, pushes and landings. Lives in the worker's thread. `rank`: tensor-parallel."""
 
-    def __init__(self, settings: ConnectorSettings, block_size: int, device: str) -> None:
+    def __init__(self, settings: ConnectorSettings, layout: KVLayout, rank: int, device: str) -> None:
         if device != "cpu":
             raise UnsupportedError(
                 f"hand-off of KV caches on {device} is not supported yet; on a GPU run plain instances (0PyD)"
             )
         self._settings = settings
-        self._block_size = block_size
+        self._block_size = layout.block_size
+        self._rank = rank
         self._clock = SystemClock()
         self._memory: CacheMemory | None = None
         self._layers: dict[str, int] = {}
@@ -62,8 +64,8 @@ class WorkerSide:
             for region in regions:
                 transport.register(region)
         faults = FaultPoint(self._settings.fault)
-        self._pusher = Pusher(self._transports, regions, self._block_size, self._clock, faults)
-        self._lander = Lander(self._transports, regions, self._clock, faults)
+        self._pusher = Pusher(self._transports, regions, self._block_size, self._clock, faults, self._rank)
+        self._lander = Lander(self._transports, regions, self._clock, faults, self._rank)
         if self._settings.cache:
             self._cache = CacheWorker(self._settings, regions, faults)
 

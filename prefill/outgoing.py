@@ -13,9 +13,10 @@ from core.clock import Clock
 from core.handoff import Peer
 from core.prompt import Prompt
 from core.report import FromCache
-from prefill.push import Pushed
+from prefill.push import Pushed, whole
 from transport.handoff import Sending
 from transport.messages import Accept
+from transport.runs import Lane
 
 MAX_REMEMBERED = 20_000
 """Hand-offs kept after their end, so that a late message finds an answer; the oldest are forgotten."""
@@ -23,7 +24,8 @@ MAX_REMEMBERED = 20_000
 
 @dataclass
 class Outgoing:
-    """One hand-off as the prefill side sees it."""
+    """One hand-off as the prefill side sees it. lanes: which of our ranks write to which of the receiver's; parts: of
+    those that have written everything; pushed: once all have."""
 
     id: str
     deadline_s: float
@@ -34,9 +36,18 @@ class Outgoing:
     num_chunks: int = 0
     finished: bool = False
     why: str = ""
+    lanes: list[Lane] = field(default_factory=list)
+    parts: list[Pushed] = field(default_factory=list)
     pushed: Pushed | None = None
+    quiet_ranks: set[int] = field(default_factory=set)
     from_cache: list[FromCache] = field(default_factory=list)
     moments: dict[str, float] = field(default_factory=dict)
+
+    def add_part(self, part: Pushed) -> None:
+        """One pair of ranks is done."""
+        self.parts.append(part)
+        if len(self.parts) == len(self.lanes):
+            self.pushed = whole(self.parts)
 
     def __repr__(self) -> str:
         to = self.decode.name if self.decode else "?"

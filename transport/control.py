@@ -45,6 +45,7 @@ class Identity:
     name: str
     boot_id: str
     fingerprint: str
+    num_ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class ControlPlane:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 8 * MAX_PEERS)
         self._pull = self._listen(host)
-        self.peer = Peer(identity.name, self._pull.getsockopt_string(zmq.LAST_ENDPOINT), identity.boot_id)
+        address = self._pull.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.peer = Peer(identity.name, address, identity.boot_id, identity.num_ranks)
         self._peers = _PeerSockets(self._context)
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.malformed = 0

@@ -42,21 +42,23 @@ class Pieces:
                 start, end = min(start, first), max(end, last)
         self._ranges = sorted([*apart, (start, end)])
 
-    def covers(self, num_bytes: int) -> bool:
-        """Whether every byte of the block has arrived."""
-        return self._ranges == [(0, num_bytes)]
+    def covers(self, start: int, end: int) -> bool:
+        """Whether every byte from `start` to `end` has arrived."""
+        return any(first <= start and end <= last for first, last in self._ranges)
 
     def __len__(self) -> int:
         return len(self._ranges)
 
 
 class CountedLanding:
-    """A `transport.base.Landing` that counts. Made by `Inbox.open`."""
+    """A `transport.base.Landing` that counts. Made by `Inbox.open`; `spans`: the part of each region's blocks
+    that is expected."""
 
-    def __init__(self, inbox: Inbox, tag: str, positions: dict[int, dict[int, int]]) -> None:
+    def __init__(self, inbox: Inbox, tag: str, positions: dict[int, dict[int, int]], spans: Mapping[int, Span]) -> None:
         self._inbox = inbox
         self._tag = tag
         self._positions = positions
+        self._spans = spans
         self._pieces: dict[tuple[int, int], Pieces] = {}
         self._summands: dict[tuple[int, int], int] = {}
         self._sum = 0
@@ -87,11 +89,14 @@ class CountedLanding:
         self._inbox.shut(self._tag, self)
         return True
 
-    def refusal(self, region_id: int, block_ids: Sequence[int]) -> str:
-        """Why these blocks may not be written; empty if they may. Under the inbox's lock."""
+    def refusal(self, region_id: int, block_ids: Sequence[int], written: Span | None = None) -> str:
+        """Why these blocks, or the part of them that `written` names, may not be written; empty if they may. Under the
+        inbox's lock."""
         expected = self._positions.get(region_id)
         if expected is None:
             return f"region {region_id} is not expected under this tag"
+        if written is not None and not _lies_in(written, self._spans[region_id]):
+            return f"bytes {written.start}+{written.num_bytes} of region {region_id} are not expected under this tag"
         for block_id in block_ids:
             if block_id not in expected:
                 return f"block {block_id} of region {region_id} is not expected under this tag"
@@ -101,17 +106,17 @@ class CountedLanding:
 
     def record(self, span: Span, block_ids: Sequence[int]) -> None:
         """Counts bytes that are in place now. Under the inbox's lock."""
-        region = span.region
-        is_whole = span.num_bytes == region.block_bytes
+        expected = self._spans[span.region.id]
+        is_whole = _lies_in(expected, span)
         for block_id in block_ids:
-            pair = (region.id, block_id)
+            pair = (span.region.id, block_id)
             if not is_whole and pair not in self._summands:
                 pieces = self._pieces.setdefault(pair, Pieces())
                 pieces.add(span.start, span.start + span.num_bytes)
-                if not pieces.covers(region.block_bytes):
+                if not pieces.covers(expected.start, expected.start + expected.num_bytes):
                     continue
             self._pieces.pop(pair, None)
-            self._count(region, block_id)
+            self._count(expected, block_id)
 
     def notify(self, notice: bytes) -> bool:
         """Keeps a notice for `poll`; False if too many wait already. Under the inbox's lock."""
@@ -120,11 +125,12 @@ class CountedLanding:
         self._notices.append(notice)
         return True
 
-    def _count(self, region: Region, block_id: int) -> None:
-        block = view(region.address + block_id * region.stride, region.block_bytes)
-        summand = bytes_digest(block, region.id, self._positions[region.id][block_id])
-        self._sum = (self._sum - self._summands.get((region.id, block_id), 0) + summand) & _MASK
-        self._summands[region.id, block_id] = summand
+    def _count(self, span: Span, block_id: int) -> None:
+        region_id = span.region.id
+        block = view(span.address(block_id), span.num_bytes)
+        summand = bytes_digest(block, region_id, self._positions[region_id][block_id])
+        self._sum = (self._sum - self._summands.get((region_id, block_id), 0) + summand) & _MASK
+        self._summands[region_id, block_id] = summand
 
 
 class Inbox:
@@ -138,11 +144,12 @@ class Inbox:
     def open(self, tag: str, blocks: Sequence[Blocks], regions: Mapping[int, Region]) -> CountedLanding:
         """Raises TransferError if the tag is open already or a block is named twice or does not exist."""
         positions = expected_positions(blocks, regions)
+        spans = {each.region: resolve(regions, each, "own") for each in blocks}
         with self.lock:
             if tag in self._open:
                 raise TransferError(f"a landing is open already under tag {tag!r}")
             self._closed.pop(tag, None)
-            landing = CountedLanding(self, tag, positions)
+            landing = CountedLanding(self, tag, positions, spans)
             self._open[tag] = landing
         return landing
 
@@ -163,6 +170,10 @@ class Inbox:
             self._closed[tag] = None
             while len(self._closed) > MAX_CLOSED_TAGS:
                 self._closed.popitem(last=False)
+
+
+def _lies_in(part: Span, whole: Span) -> bool:
+    return whole.start <= part.start and part.start + part.num_bytes <= whole.start + whole.num_bytes
 
 
 def expected_positions(blocks: Sequence[Blocks], regions: Mapping[int, Region]) -> dict[int, dict[int, int]]:

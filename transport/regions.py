@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from core.errors import TransferError
 from transport.base import Blocks, Region
+from transport.runs import runs
 
 MAX_TAG_CHARACTERS = 1024
 MAX_NOTICE_BYTES = 16 << 10
@@ -72,6 +73,11 @@ def check_words(tag: str, notice: bytes | None) -> None:
         raise TransferError(f"a notice of {len(notice)} bytes is larger than {MAX_NOTICE_BYTES}")
 
 
+def part_of(region: Region, start: int, num_bytes: int) -> Region:
+    """A byte range of every block of a region, as a region with the same blocks."""
+    return Region(region.id, region.address + start, num_bytes, region.stride, region.num_blocks)
+
+
 def is_run(ids: Sequence[int]) -> bool:
     """Whether the ids count up by one."""
     return all(right - left == 1 for left, right in itertools.pairwise(ids))
@@ -83,14 +89,8 @@ def copy_pairs(source: Span, source_ids: Sequence[int], target: Span, target_ids
         for source_id, target_id in zip(source_ids, target_ids, strict=True):
             ctypes.memmove(target.address(target_id), source.address(source_id), source.num_bytes)
         return
-    index, count = 0, len(source_ids)
-    while index < count:
-        end = index + 1
-        while end < count and source_ids[end] == source_ids[end - 1] + 1 and target_ids[end] == target_ids[end - 1] + 1:
-            end += 1
-        num_bytes = (end - index) * source.num_bytes
-        ctypes.memmove(target.address(target_ids[index]), source.address(source_ids[index]), num_bytes)
-        index = end
+    for run in runs(source_ids, target_ids):
+        ctypes.memmove(target.address(run.target), source.address(run.source), run.num_blocks * source.num_bytes)
 
 
 def view(address: int, num_bytes: int) -> memoryview:
