@@ -16,7 +16,7 @@ from core.handoff import Role
 from core.topology import Topology
 from engine.build import Build, Device
 from engine.instance import ENV_VLLM_CORES, InstanceSpec, num_ranks
-from engine.preflight import check_arguments, check_device, check_memory, check_model
+from engine.preflight import check_arguments, check_device, check_memory, check_model, check_ranks
 from kvcache.spec import CacheSpec
 
 
@@ -64,8 +64,9 @@ def check(specs: list[InstanceSpec], build: Build, cache_bytes: int = 0) -> None
     for spec in specs:
         spec.serve_arguments(build.device)
         check_device(build.device, plain=spec.plain)
-        check_arguments(spec.arguments, plain=spec.plain, cached=cache_bytes > 0)
+        check_arguments(spec.arguments, plain=spec.plain, cached=cache_bytes > 0 or bool(spec.connector.get("cache")))
         check_model(spec.model.path, plain=spec.plain)
+        check_ranks(spec.model.path, num_ranks(spec.arguments))
     if build.device is Device.CPU:
         check_memory(specs, cache_bytes)
 

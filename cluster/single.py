@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import secrets
 import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 
 from cluster import plan
@@ -21,7 +23,7 @@ from cluster.runfolder import RunFolder
 from core.errors import BatonError
 from core.handoff import Role
 from engine.build import Build, installed_build
-from engine.instance import InstanceSpec, cache_folder
+from engine.instance import ENV_VLLM_CORES, InstanceSpec, cache_folder, num_ranks
 from transport.join import parse_proxy_url
 
 _POLL_S = 0.2
@@ -59,9 +61,17 @@ def _spec(options: argparse.Namespace) -> InstanceSpec:
         port=port,
         join=options.join,
         transport=options.transport,
+        cores=_cores(options.passed),
         arguments=options.passed,
         connector={"cache": socket_of(options.cache)} if options.cache else {},
     )
+
+
+def _cores(arguments: Sequence[str]) -> tuple[int, ...]:
+    """vLLM binds one process by itself; several only where each has a memory node of its own, so they share evenly."""
+    if num_ranks(arguments) == 1 or os.environ.get(ENV_VLLM_CORES):
+        return ()
+    return tuple(sorted(os.sched_getaffinity(0)))
 
 
 def _member(spec: InstanceSpec, folder: RunFolder, build: Build) -> InstanceMember:

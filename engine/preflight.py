@@ -79,6 +79,22 @@ def check_model(model: str, *, plain: bool) -> None:
             raise UnsupportedError(f"{kind} are not supported: {model} is a {config.get('model_type', 'model')} model")
 
 
+def check_ranks(model: str, ranks: int) -> None:
+    """Raises ConfigError for a tensor parallel size that cannot share the model's heads equally."""
+    config = (_config_of(model) if ranks > 1 else None) or {}
+    config = config | (config.get("text_config") or {})
+    for kind in ("num_attention_heads", "num_key_value_heads"):
+        heads = config.get(kind)
+        if not isinstance(heads, int) or heads < 1:
+            continue
+        fewer = kind == "num_key_value_heads" and heads < ranks  # ranks may keep the same KV head
+        if max(heads, ranks) % min(heads, ranks) or (heads < ranks and not fewer):
+            raise ConfigError(
+                f"tensor parallel size {ranks} ({TENSOR_PARALLEL[0]}) cannot share the {kind} {heads} of {model} "
+                f"equally: give a size that divides it"
+            )
+
+
 def check_memory(specs: Sequence[InstanceSpec], cache_bytes: int = 0) -> None:
     """Raises ConfigError if KV caches and weights would not fit into this machine's free memory."""
     wanted = sum(_bytes_of(spec) for spec in specs) + cache_bytes

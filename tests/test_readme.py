@@ -63,7 +63,12 @@ SUPPORTED: list[tuple[str, str, str]] = [
         "engine/test_cache.py::test_a_flipped_bit_in_the_arena_is_computed_anew_and_counted",
     ),
     ("Official `openai` client, `vllm bench serve`", "yes", "engine/test_clients.py::test_the_official_client"),
-    ("Tensor, pipeline, data parallel above 1", "refused by name", "cluster/test_preflight.py"),
+    (
+        "Tensor parallel sizes that differ (1 → 2, 2 → 1), or are equal",
+        "yes, without `--cache`",
+        "engine/test_tensor_parallel.py::test_another_tensor_parallel_size_decodes_the_same_tokens",
+    ),
+    ("Pipeline, data parallel above 1", "refused by name", "cluster/test_preflight.py"),
     ("Speculative decoding, quantised KV cache", "refused by name", "cluster/test_preflight.py"),
     ("Sliding-window, Mamba and hybrid models", "refused by name", "cluster/test_preflight.py"),
     ("Hand-off between GPUs", "refused by name", "cluster/test_preflight.py"),

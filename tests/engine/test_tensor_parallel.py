@@ -1,0 +1,71 @@
+"""Instances of other tensor parallel sizes: each rank writes its heads where they belong, and the tokens are the same.
+
+What is equal to what. The blocks that D decodes from are P's, bit for bit: a digest of every byte, rank by rank. P's
+numbers themselves depend on P's size: two ranks add up partial sums in another order than one, which changes last bits.
+So over `1 -> 2` greedy tokens equal those of a plain vLLM of either size except where two tokens are nearly tied, which
+float32 makes rare enough to ask for equality here; over `2 -> 2` the sizes make no difference at all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cluster.launcher import Cluster
+from tests.engine.client import Answer, ask_all, record
+from tests.engine.clusters import CHUNKED, FLOAT32
+from tests.engine.prompts import BLOCK, token_prompt
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+LENGTHS = (BLOCK + 1, 2 * BLOCK, 5 * BLOCK + 1, 1000)
+NEW_TOKENS = 8
+
+
+def ranks(count: int) -> tuple[str, ...]:
+    """vLLM's arguments for an instance of so many ranks."""
+    more = ("--tensor-parallel-size", str(count)) if count > 1 else ()
+    return FLOAT32 + CHUNKED + more
+
+
+def bodies(first_seed: int, lengths: tuple[int, ...] = LENGTHS) -> list[dict[str, Any]]:
+    prompts = [token_prompt(length, first_seed + length) for length in lengths]
+    return [{"prompt": prompt, "max_tokens": NEW_TOKENS, "ignore_eos": True} for prompt in prompts]
+
+
+def check_landed(cluster: Cluster, answers: list[Answer], asked: list[dict[str, Any]], transport: str) -> None:
+    """Everything but each prompt's last token was handed over, over this transport, and D counted every byte of it."""
+    for answer, body in zip(answers, asked, strict=True):
+        entry = record(cluster.url, answer)
+        assert entry["outcome"] == "landed", entry
+        assert entry["tokens"]["handed_over"] == len(body["prompt"]) - 1, entry
+        assert entry["path"]["transport"] == transport, entry
+        assert entry["decode"]["num_bytes"] == entry["prefill"]["num_bytes"], entry
+
+
+@pytest.mark.parametrize(("prefill", "decode", "transport"), [(1, 2, "shm"), (2, 1, "zmq")])
+def test_another_tensor_parallel_size_decodes_the_same_tokens(
+    start: Any, plain: Cluster, prefill: int, decode: int, transport: str
+) -> None:
+    arguments = {"arguments_prefill": ranks(prefill), "arguments_decode": ranks(decode)}
+    cluster = start("1P1D", transport=transport, connector={"full_digest": True}, **arguments)
+    asked = bodies(prefill * 100_000)
+    ours = ask_all(cluster.url, asked, 2)
+    theirs = ask_all(plain.url, asked, 2)
+    assert [answer.outcome() for answer in ours] == [answer.outcome() for answer in theirs]
+    check_landed(cluster, ours, asked, transport)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("prefill", "decode"), [(2, 2), (1, 2), (2, 1)])
+@pytest.mark.parametrize("transport", ["shm", "zmq"])
+def test_equal_to_plain_vllm_of_the_decoding_size(start: Any, prefill: int, decode: int, transport: str) -> None:
+    arguments = {"arguments_prefill": ranks(prefill), "arguments_decode": ranks(decode)}
+    asked = bodies(300_000, (*LENGTHS, 1, BLOCK - 1, BLOCK, 2 * BLOCK + 1, 3000)) * 2
+    with start("0P1D", arguments_decode=ranks(decode)) as plain:
+        theirs = ask_all(plain.url, asked, 4)
+    cluster = start("1P1D", transport=transport, connector={"full_digest": True}, **arguments)
+    ours = ask_all(cluster.url, asked, 4)
+    assert [answer.outcome() for answer in ours] == [answer.outcome() for answer in theirs]
+    check_landed(cluster, ours[:4], asked[:4], transport)
