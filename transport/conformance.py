@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from core.errors import TransferError
 from transport.base import Blocks, Endpoint, Landing, Region, Transfer, TransferState, Transport
 from transport.digest import add, blocks_digest
+from transport.regions import part_of
 
 Maker = Callable[[], Transport]
 
@@ -124,6 +125,7 @@ def check_transport(maker: Maker) -> None:
         check_lands_where_it_should,
         check_byte_ranges,
         check_tags_apart,
+        check_parts_of_the_same_blocks_apart,
         check_notice_comes_last,
         check_misfits_are_refused,
         check_only_expected_blocks_are_written,
@@ -196,6 +198,24 @@ def check_tags_apart(pair: Pair) -> None:
         assert notices == [tag.encode()], notices
         assert landing.num_written() in (None, 4)
         assert landing.digest() in (None, pair.sender.digest([expected[tag]])), "digests of both sides differ"
+
+
+def check_parts_of_the_same_blocks_apart(pair: Pair) -> None:
+    """Two senders of one hand-off, each with a tag and a byte range: each landing counts and digests its own range."""
+    ids, parts = (3, 1), {"low": (0, 400), "high": (400, 600)}
+    expected = {tag: Blocks(1, ids, start, num_bytes) for tag, (start, num_bytes) in parts.items()}
+    landings = {tag: pair.expect(tag, blocks) for tag, blocks in expected.items()}
+    for tag, blocks in expected.items():
+        finish(pair.endpoint.write(tag, Blocks(1, (0, 2), blocks.start, blocks.num_bytes), blocks))
+        assert landings[tag].num_written() in (None, 2), "a part of a block counts once every byte of it has come"
+    for tag, (start, num_bytes) in parts.items():
+        region = part_of(pair.receiver.regions[1], start, num_bytes)
+        assert landings[tag].digest() in (None, blocks_digest(region, ids, 0, full=True)), (
+            "a digest over a part is wrong"
+        )
+    if landings["low"].num_written() is not None:
+        other = Blocks(1, ids, 300, 200)
+        finish(pair.endpoint.write("low", other, other), state=TransferState.FAILED)
 
 
 def check_notice_comes_last(pair: Pair) -> None:
