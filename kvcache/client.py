@@ -1,7 +1,8 @@
 """An engine's line to the cache server: words out without waiting, answers in on a thread of their own.
 
-    engine's thread ── send ──▶ outbox ──▶ thread ──▶ socket ──▶ server
-                    ◀─ take ── answers ◀── thread ◀── socket ◀──          `wake` after each answer
+    engine's thread ── send ──▶ outbox ───────────────▶ socket ──▶ server     what the socket takes at once
+                                  └─────▶ thread ─────▶ socket ──▶ server     the rest
+                    ◀─ take ── answers ◀── thread ◀──── socket ◀──            `wake` after each answer
 
 A server that is gone, hangs or talks nonsense costs hits: whatever was asked is never answered, `send` says False, and
 the thread tries again. `epoch` counts connections: what was granted under an earlier one is void.
@@ -18,17 +19,17 @@ import select
 import socket
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
 
 from core.errors import Overloaded, ProtocolError, TransferError
 from kvcache import wire
+from kvcache.outbox import Outbox
 from transport.shm_listener import peer_uid
 
 RETRY_S = 0.25
 CONNECT_TIMEOUT_S = 2.0
-MAX_OUTBOX_BYTES = 4 << 20
 MAX_ANSWERS = 10_000
 DROP_TIMEOUT_S = 60.0
 _POLL_S = 0.02
@@ -46,8 +47,7 @@ class CacheClient:
         self._wake = wake
         self._lock = threading.Lock()
         self._answered = threading.Condition(self._lock)
-        self._outbox: deque[bytes] = deque()
-        self._outbox_bytes = 0
+        self._outbox = Outbox()
         self._answers: OrderedDict[int, wire.Found | wire.Granted] = OrderedDict()
         self._last_id = 0
         self._epoch = 0
@@ -75,13 +75,10 @@ class CacheClient:
 
     def send(self, message: wire.ToServer) -> bool:
         """False if it cannot be sent now: nobody serves, or the server does not read."""
-        data = wire.frame(message)
-        with self._lock:
-            if self._welcome is None or self._outbox_bytes + len(data) > MAX_OUTBOX_BYTES:
-                return False
-            self._outbox.append(data)
-            self._outbox_bytes += len(data)
-        self._ring()
+        if not self._outbox.put(wire.frame(message)):
+            return False
+        if self._outbox.is_behind:
+            self._ring()
         return True
 
     def search(
@@ -130,11 +127,12 @@ class CacheClient:
         while not self._closing:
             try:
                 with self._connect() as connection:
-                    self._converse(connection)
+                    try:
+                        self._converse(connection)
+                    finally:
+                        self._hang_up()
             except (OSError, EOFError, ProtocolError):
                 pass
-            finally:
-                self._hang_up()
             if not self._closing:
                 bell.poll(int(RETRY_S * 1e3))
 
@@ -148,15 +146,15 @@ class CacheClient:
         connection.setblocking(False)
         with self._lock:
             self._epoch += 1
+            self._outbox.open(connection)
             self._welcome = welcome
         self._wake()
         return connection
 
     def _hang_up(self) -> None:
+        self._outbox.close()
         with self._lock:
             self._welcome = None
-            self._outbox.clear()
-            self._outbox_bytes = 0
             self._answers.clear()
         self._wake()
 
@@ -168,7 +166,7 @@ class CacheClient:
         sending = memoryview(b"")
         while not self._closing:
             if not sending:
-                sending = self._next_to_send()
+                sending = self._outbox.next()
             poll.register(connection, select.POLLIN | (select.POLLOUT if sending else 0))
             poll.poll()
             with contextlib.suppress(BlockingIOError):
@@ -182,15 +180,6 @@ class CacheClient:
                     raise EOFError
                 received += chunk
                 self._take_frames(received)
-
-    def _next_to_send(self) -> memoryview:
-        with self._lock:
-            if not self._outbox:
-                return memoryview(b"")
-            data = b"".join(self._outbox)
-            self._outbox.clear()
-            self._outbox_bytes = 0
-            return memoryview(data)
 
     def _take_frames(self, received: bytearray) -> None:
         head, heard = wire.LENGTH.size, False

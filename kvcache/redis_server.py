@@ -1,14 +1,17 @@
 """One Redis or Valkey server: its connections, its answers, and when it is left out after it has failed.
 
-Memory model: a command's memoryviews go to the socket without being copied. An answer is no larger than was asked for.
+Memory model: a command's memoryviews go to the socket without being copied, a value's bytes from it into the caller's
+memory. An answer is no larger than was asked for.
 Threading: any method from any thread; as many connections as calls go on at once.
 """
 
 from __future__ import annotations
 
 import importlib
+import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -19,6 +22,7 @@ from core.clock import Clock
 from core.errors import ConfigError
 from kvcache.breaker import Breaker
 from kvcache.keys import BlockKey
+from kvcache.redis_value import Room, Unfit, read_value
 from kvcache.tier import TierError
 
 KEY_PREFIX = b"baton:kv:"
@@ -40,6 +44,8 @@ class Connection(Protocol):
     """What is used of redis.connection.Connection."""
 
     def send_packed_command(self, command: Sequence[bytes | memoryview]) -> None: ...
+
+    _sock: socket.socket
 
     def read_response(self, disable_decoding: bool) -> object: ...
 
@@ -83,18 +89,13 @@ class RedisServer:
             raise TierError(f"{self.name} refuses: {refused.why}")
         return [answer for answer in answers if not isinstance(answer, Refused | list)]
 
-    def read(self, name: bytes, most_bytes: int) -> bytes | None:
-        """The beginning of what lies under a name, nothing of what is no string, None if there is nothing. Raises
-        TierError."""
+    def read(self, name: bytes, most_bytes: int, room: Room) -> bool:
+        """Puts what lies under a name, its first most_bytes, where `room` says. False if nothing is there. Raises Unfit
+        if it is nothing that is wanted, otherwise as `exchange`."""
         command = packed(b"TYPE", name) + packed(b"GETRANGE", name, b"0", b"%d" % (most_bytes - 1))
-        kind, value = self.exchange([command], [bytes, bytes])
-        if kind == b"none":
-            return None
-        if kind == b"string" and isinstance(value, bytes):
-            return value
-        if kind != b"string" and isinstance(kind, bytes) and isinstance(value, Refused):
-            return b""
-        raise TierError(f"{self.name} does not let a block be read: {kind!r}, {value!r}")
+        with self._connected() as connection:
+            connection.send_packed_command([command])
+            return read_value(connection._sock, room)  # redis-py has no other way to read into the caller's memory
 
     def clear(self) -> None:
         """Removes everything under our prefix, a part at a time so that others are served in between. Raises
@@ -119,31 +120,43 @@ class RedisServer:
 
     def exchange(self, command: Sequence[bytes | memoryview], kinds: Sequence[type]) -> list[Answer]:
         """One round trip. Raises TierError if the server is left out, gone, silent, or speaks something else."""
+        with self._connected() as connection:
+            connection.send_packed_command(command)
+            return [self._answer(connection, kind) for kind in kinds]
+
+    def close(self) -> None:
+        self._closed = True
+        self._pool.disconnect(inuse_connections=False)
+
+    @contextmanager
+    def _connected(self) -> Iterator[Connection]:
+        """A connection for one exchange, which is not kept if the exchange fails. Raises TierError, see `exchange`."""
         if self._closed:
             raise TierError(f"the connections to {self.name} are closed")
         ticket = self._gate.enter()
         if ticket is None:
             raise TierError(f"{self.name} is left out for a while after it failed")
         try:
-            answers = self._exchange(command, kinds)
+            with self._borrowed() as connection:
+                yield connection
         except self._failures as error:
             self._gate.failed(ticket)
             raise TierError(f"{self.name}: {error}") from error
+        except Unfit:
+            self._gate.good()
+            raise
+        except TierError as error:
+            self._gate.good()
+            raise TierError(f"{self.name}: {error}") from error
         self._gate.good()
-        return answers
 
-    def close(self) -> None:
-        self._closed = True
-        self._pool.disconnect(inuse_connections=False)
-
-    def _exchange(self, command: Sequence[bytes | memoryview], kinds: Sequence[type]) -> list[Answer]:
+    @contextmanager
+    def _borrowed(self) -> Iterator[Connection]:
         connection = self._pool.get_connection()
         in_step = False
         try:
-            connection.send_packed_command(command)
-            answers = [self._answer(connection, kind) for kind in kinds]
+            yield connection
             in_step = True
-            return answers
         finally:
             if not in_step:
                 connection.disconnect()

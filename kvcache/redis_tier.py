@@ -9,8 +9,8 @@ Nothing is moved when a server joins or leaves: a block whose servers changed is
 The servers decide what to evict: give them `maxmemory` and `maxmemory-policy allkeys-lru`.
 
 Memory model: `put` hands the caller's memory to the socket without copying it. `get` asks for no more than the block
-that fits, plus a byte, so that whatever lies under our key cannot fill this process; its bytes are copied into place
-once they have been verified. A server has as many connections as calls go on at once.
+that fits, plus a byte, so that whatever lies under our key cannot fill this process; its bytes go straight into place
+and are verified there. A server has as many connections as calls go on at once.
 Threading: any method from any thread. A call waits at most timeout_s for a connection and as long for each silence of
 each server that it asks, one server after another.
 """
@@ -26,6 +26,7 @@ from core.clock import Clock, SystemClock
 from core.errors import ConfigError
 from kvcache.keys import BlockKey
 from kvcache.redis_server import KEY_PREFIX, RedisServer, packed, packed_around
+from kvcache.redis_value import Unfit
 from kvcache.tier import TierError, TierFigures, seal
 
 _HEADER = struct.Struct("<8sQQQ")
@@ -83,33 +84,31 @@ class RedisTier:
 
     def get(self, key: BlockKey, into: memoryview) -> int | None:
         """See Tier. Raises TierError if none of the key's servers answers."""
-        found = self._read(key, len(into), len(into))
-        if found is None:
-            return None
-        digest, block = found
-        into[:] = block
-        return digest
+        return self._read(key, _Value(into, len(into)))
 
     def get_whole(self, key: BlockKey, most_bytes: int) -> tuple[int, memoryview] | None:
         """See Tier. Raises TierError if none of the key's servers answers."""
-        return self._read(key, 0, most_bytes)
+        value = _Value(None, most_bytes)
+        digest = self._read(key, value)
+        return None if digest is None else (digest, value.payload)
 
-    def _read(self, key: BlockKey, least_bytes: int, most_bytes: int) -> tuple[int, memoryview] | None:
-        """Digest and payload of a block of such a size, from the first server that has it whole."""
+    def _read(self, key: BlockKey, value: _Value) -> int | None:
+        """The digest of a block that now lies in the value's memory, from the first server that has it whole."""
         failures = []
         servers = self._servers_of(key)
         for server in servers:
             try:
-                value = server.read(KEY_PREFIX + key, _HEADER.size + most_bytes + 1)
+                is_there = server.read(KEY_PREFIX + key, _HEADER.size + value.most_bytes + 1, value.room)
+                digest = value.opened(key) if is_there else None
+            except Unfit:
+                is_there, digest = True, None
             except TierError as error:
                 failures.append(str(error))
                 continue
-            if value is None:
-                continue
-            found = _opened(key, value, least_bytes, most_bytes)
-            if found is not None:
-                return found
-            self._discard(server, key)
+            if digest is not None:
+                return digest
+            if is_there:
+                self._discard(server, key)
         if len(failures) == len(servers):
             raise TierError(f"no Redis server of a block answers: {'; '.join(failures)}")
         return None
@@ -192,15 +191,31 @@ class RedisTier:
             )
 
 
-def _opened(key: BlockKey, value: bytes, least_bytes: int, most_bytes: int) -> tuple[int, memoryview] | None:
-    """Digest and payload of a value; None if the value is not what was put, or has another size."""
-    if not _HEADER.size + least_bytes <= len(value) <= _HEADER.size + most_bytes:
-        return None
-    magic, digest, num_bytes, sealed = _HEADER.unpack_from(value)
-    block = memoryview(value)[_HEADER.size :]
-    if magic != _MAGIC or num_bytes != len(block) or sealed != seal(key, digest, block):
-        return None
-    return int(digest), block
+class _Value:
+    """A value's memory: the header's own, and the payload's where the caller wants it. into: None if the size is not
+    known before."""
+
+    def __init__(self, into: memoryview | None, most_bytes: int) -> None:
+        self.most_bytes = most_bytes
+        self._into = into
+        self._header = bytearray(_HEADER.size)
+        self.payload = memoryview(b"")
+
+    def room(self, num_bytes: int) -> list[memoryview] | None:
+        """See redis_value.Room."""
+        payload_bytes = num_bytes - _HEADER.size
+        least_bytes = 0 if self._into is None else self.most_bytes
+        if not least_bytes <= payload_bytes <= self.most_bytes:
+            return None
+        self.payload = memoryview(bytearray(payload_bytes)) if self._into is None else self._into
+        return [memoryview(self._header), self.payload]
+
+    def opened(self, key: BlockKey) -> int | None:
+        """The digest; None if this is not what was put."""
+        magic, digest, num_bytes, sealed = _HEADER.unpack(self._header)
+        if magic != _MAGIC or num_bytes != len(self.payload) or sealed != seal(key, digest, self.payload):
+            return None
+        return int(digest)
 
 
 def _check_times(ttl_s: float, timeout_s: float) -> None:

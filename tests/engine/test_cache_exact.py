@@ -16,6 +16,7 @@ import pytest
 import requests
 
 from cluster.launcher import Cluster
+from cluster.ports import free_ports
 from kvcache.client import ask_figures
 from kvcache.spec import CacheSpec
 from tests.engine.client import Answer, ask, ask_all, record
@@ -134,15 +135,45 @@ def preemptions(cluster: Cluster) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
 
+PREFIXES = [token_prompt(400, 1100 + index) for index in range(4)]
+
+
+@contextmanager
+def tier_below(kind: str, folder: Path, start: Callable[..., Cluster]) -> Iterator[str]:
+    """As `lower_tier`; a peer's prefixes are there already."""
+    if kind != "peer":
+        with lower_tier(kind, folder) as word:
+            yield word
+        return
+    (port,) = free_ports(1, "127.0.0.1")
+    other = start("0P1D", *CHUNKED, cache=CacheSpec.parse(f"64MiB,listen=127.0.0.1:{port}"))
+    ask_all(other.url, [{"prompt": prefix, "max_tokens": 1} for prefix in PREFIXES], 4)
+    settle(other)
+    yield f"peer=127.0.0.1:{port}"
+
+
 @pytest.mark.parametrize("topology", ["0P1D", "1P1D"])
 def test_too_little_memory_everywhere(start: Callable[..., Cluster], plain: Cluster, topology: str) -> None:
+    check_too_little_memory(start, plain, topology, "8MiB")
+
+
+@pytest.mark.parametrize("kind", ["disk", "redis", "peer"])
+def test_too_little_memory_above_a_tier_that_has_it(
+    start: Callable[..., Cluster], plain: Cluster, tmp_path: Path, kind: str
+) -> None:
+    with tier_below(kind, tmp_path, start) as word:
+        cluster = check_too_little_memory(start, plain, "0P1D", f"8MiB,{word}")
+        assert figures(cluster)[f"{kind}_hits"] > 0, "blocks came up while others were evicted"
+        cluster.stop()
+
+
+def check_too_little_memory(start: Callable[..., Cluster], plain: Cluster, topology: str, cache: str) -> Cluster:
     """Sixteen at a time, an arena and an engine's KV cache that hold a few prompts each, clients that leave:
     blocks are evicted and requests preempted all the while, and nothing stays held."""
     small = ("--kv-cache-memory-bytes", str(24 << 20))  # 48 blocks
-    cluster = start(topology, *CHUNKED, *small, cache=CacheSpec.parse("8MiB"))
-    prefixes = [token_prompt(400, 1100 + index) for index in range(4)]
+    cluster = start(topology, *CHUNKED, *small, cache=CacheSpec.parse(cache))
     bodies: list[dict[str, Any]] = [
-        {"prompt": prefixes[i % 4] + token_prompt(30 + 41 * i % 200, 1120 + i), "max_tokens": 140, "ignore_eos": True}
+        {"prompt": PREFIXES[i % 4] + token_prompt(30 + 41 * i % 200, 1120 + i), "max_tokens": 140, "ignore_eos": True}
         for i in range(24)
     ]
     with ThreadPoolExecutor(4) as pool:
@@ -156,3 +187,4 @@ def test_too_little_memory_everywhere(start: Callable[..., Cluster], plain: Clus
     settle(cluster)
     until(lambda: figures(cluster)["cooling_bytes"] == 0, what="the last place")
     assert figures(cluster)["blocks"] * BLOCK > 0
+    return cluster

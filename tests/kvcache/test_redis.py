@@ -523,11 +523,36 @@ def test_garbage_is_an_error_and_soon(answer: bytes) -> None:
         listener.close()
 
 
+HALVES = {
+    "length that is none": b"+string\r\n$many\r\n",
+    "length beyond everything": b"+string\r\n$" + b"9" * 40 + b"\r\n",
+    "value that does not end": b"+string\r\n$%d\r\n" % (BLOCK_BYTES + HEADER_BYTES) + b"x" * 1000,
+    "value that goes on": b"+string\r\n$%d\r\n" % (BLOCK_BYTES + HEADER_BYTES) + b"x" * 2 * BLOCK_BYTES,
+    "nothing, and a value": b"+none\r\n$5\r\nthere\r\n",
+    "a string, and no value": b"+string\r\n-ERR what\r\n",
+    "a type that does not end": b"+" + b"x" * 100_000,
+}
+
+
+@pytest.mark.parametrize("answer", HALVES.values(), ids=HALVES.keys())
+def test_half_of_an_answer_is_an_error_and_soon(answer: bytes) -> None:
+    listener = Listener(answer)
+    tier = RedisTier([listener.url], timeout_s=TIMEOUT_S)
+    try:
+        begin_s = time.monotonic()
+        with pytest.raises(TierError):
+            read(tier, 1)
+        assert time.monotonic() - begin_s < TIMEOUT_S + SLACK_S
+    finally:
+        tier.close()
+        listener.close()
+
+
 def test_a_connection_that_is_out_of_step_is_not_kept() -> None:
     listener = Listener(b":1\r\n")
     tier = RedisTier([listener.url], timeout_s=TIMEOUT_S)
     try:
-        with pytest.raises(TierError, match="where bytes was due"):
+        with pytest.raises(TierError, match="where a type was due"):
             read(tier, 1)
         assert listener.connections[0].recv(1) == b"", "closed, not silent"
     finally:
