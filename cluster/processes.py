@@ -18,6 +18,7 @@ from transport.parent import tied
 
 STOP_TIMEOUT_S = 4.0
 KILL_TIMEOUT_S = 2.0
+TRACKER_TIMEOUT_S = 1.0
 _POLL_S = 0.02
 
 
@@ -68,6 +69,7 @@ def stop_groups(children: Sequence[Child], timeout_s: float = STOP_TIMEOUT_S) ->
     """SIGTERM to all heads at once, SIGKILL to what is left of the groups; returns when nothing of them lives.
 
     Only the head hears SIGTERM, it passes it on: a second one kills vLLM's engine core in the middle of its clean-up.
+    Python's resource trackers are killed last: once the others are dead, they unlink what those left in /dev/shm.
     """
     for child in children:
         if child.poll() is None:
@@ -75,10 +77,22 @@ def stop_groups(children: Sequence[Child], timeout_s: float = STOP_TIMEOUT_S) ->
                 os.kill(child.pid, signal.SIGTERM)
     _wait(children, timeout_s)
     for group in living_groups({child.pid for child in children}):
+        for pid in group_members(group):
+            if not _is_resource_tracker(pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+    _wait(children, TRACKER_TIMEOUT_S)
+    for group in living_groups({child.pid for child in children}):
         signal_group(group, signal.SIGKILL)
     _wait(children, KILL_TIMEOUT_S)
     for child in children:
         child.poll()
+
+
+def _is_resource_tracker(pid: int) -> bool:
+    with suppress(OSError):
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 def _wait(children: Sequence[Child], timeout_s: float) -> None:

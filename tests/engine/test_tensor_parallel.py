@@ -8,14 +8,18 @@ float32 makes rare enough to ask for equality here; over `2 -> 2` the sizes make
 
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.launcher import Cluster
 from tests.engine.client import Answer, ask_all, record
-from tests.engine.clusters import CHUNKED, FLOAT32
+from tests.engine.clusters import CHUNKED, FLOAT32, options
 from tests.engine.prompts import BLOCK, token_prompt
+from tests.poll import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -32,6 +36,11 @@ def ranks(count: int) -> tuple[str, ...]:
 def bodies(first_seed: int, lengths: tuple[int, ...] = LENGTHS) -> list[dict[str, Any]]:
     prompts = [token_prompt(length, first_seed + length) for length in lengths]
     return [{"prompt": prompt, "max_tokens": NEW_TOKENS, "ignore_eos": True} for prompt in prompts]
+
+
+def names_in_shared_memory() -> set[str]:
+    """Of Python's and of vLLM's own segments."""
+    return {path.name for kind in ("psm_*", "vllm_dist_*") for path in Path("/dev/shm").glob(kind)}
 
 
 def check_landed(cluster: Cluster, answers: list[Answer], asked: list[dict[str, Any]], transport: str) -> None:
@@ -57,6 +66,16 @@ def test_another_tensor_parallel_size_decodes_the_same_tokens(
     check_landed(cluster, ours, asked, transport)
 
 
+def test_ranks_leave_nothing_in_shared_memory(zygote: Any) -> None:
+    """vLLM's ranks speak through /dev/shm; those that are killed cannot unlink it."""
+    before = names_in_shared_memory()
+    with Cluster("0P1D", options(*ranks(2)), zygote=zygote) as cluster:
+        ask_all(cluster.url, bodies(1, (BLOCK,)), 1)
+        assert names_in_shared_memory() - before
+        os.kill(cluster.instances[0].pid, signal.SIGKILL)
+    until(lambda: not names_in_shared_memory() - before, what="its end")
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(("prefill", "decode"), [(2, 2), (1, 2), (2, 1)])
 @pytest.mark.parametrize("transport", ["shm", "zmq"])
@@ -69,3 +88,20 @@ def test_equal_to_plain_vllm_of_the_decoding_size(start: Any, prefill: int, deco
     ours = ask_all(cluster.url, asked, 4)
     assert [answer.outcome() for answer in ours] == [answer.outcome() for answer in theirs]
     check_landed(cluster, ours[:4], asked[:4], transport)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("transport", ["shm", "zmq"])
+def test_a_rank_of_the_prefill_instance_dies(start: Any, plain: Cluster, tmp_path: Path, transport: str) -> None:
+    reached = tmp_path / "reached"
+    fault = {"phase": "push", "layer": 2, "chunk": 1, "record": str(reached), "action": "kill"}
+    arguments = {"arguments_prefill": ranks(2), "arguments_decode": ranks(2)}
+    cluster = start("1P1D", transport=transport, connector_prefill={"fault": fault}, **arguments)
+    [request] = bodies(400_000, (1000,))
+    [answer] = ask_all(cluster.url, [request], 1)
+    [expected] = ask_all(plain.url, [request], 1)
+    assert answer.outcome() == expected.outcome()
+    assert reached.exists()
+    entry = record(cluster.url, answer)
+    assert entry["outcome"] == "fell_back", entry
+    assert entry["tokens"]["computed"] == 1000
