@@ -73,7 +73,7 @@ def remove_stale(base: Path) -> list[Path]:
 
 
 def _remove(path: Path) -> None:
-    """Also the shared memory of vLLM's tensor-parallel ranks, which a killed one leaves behind: it bears the name of the
+    """Also the shared memory of vLLM's tensor-parallel ranks, which killed ones leave behind: it bears the name of the
     file by which they found each other."""
     for store in path.glob("*/vllm_dist_*"):
         for segment in _SHARED.glob(f"{store.name}-*"):
