@@ -22,6 +22,10 @@ from core.errors import TransferError
 from core.layout import KVLayout
 
 
+MAX_RANKS = 1024
+"""A size comes from a peer or in a ticket, so it is bounded before anything is counted out."""
+
+
 class Run(NamedTuple):
     """`num_blocks` blocks from `source` on, which go to as many from `target` on."""
 
@@ -85,7 +89,7 @@ def objection(layout: KVLayout, senders: int, receivers: int) -> str:
     """Why heads cannot go from so many ranks to so many; empty if they can."""
     heads = layout.num_kv_heads
     for size in (senders, receivers):
-        if size < 1 or max(size, heads) % min(size, heads):
+        if not 1 <= size <= MAX_RANKS or max(size, heads) % min(size, heads):
             return f"{size} tensor-parallel ranks cannot share {heads} KV heads equally"
     if senders != receivers and not layout.has_heads_in_one_piece:
         return (

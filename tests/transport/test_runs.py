@@ -82,6 +82,13 @@ def test_one_to_two_and_two_to_one() -> None:
     assert [lane.tag("h") for lane in lanes(layout(), 2, 1)] == ["h", "h@1"]
 
 
+@pytest.mark.parametrize("size", [0, -2, 3, 1 << 40])
+def test_sizes_that_cannot_be_are_refused_at_once(size: int) -> None:
+    for sizes in ((size, 2), (2, size)):
+        with pytest.raises(TransferError, match=f"{size} tensor-parallel ranks cannot share 4 KV heads equally"):
+            lanes(layout(4), *sizes)
+
+
 def test_interleaved_heads_go_between_equal_sizes_only() -> None:
     other = layout(order="LBNHC")
     assert lanes(other, 2, 2) == lanes(layout(), 2, 2)
