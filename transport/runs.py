@@ -21,7 +21,6 @@ import msgspec
 from core.errors import TransferError
 from core.layout import KVLayout
 
-
 MAX_RANKS = 1024
 """A size comes from a peer or in a ticket, so it is bounded before anything is counted out."""
 
