@@ -29,6 +29,7 @@ _CACHE_WORDS = (
     "disk=/FOLDER:SIZE, redis://HOST:PORT, s3://BUCKET/PREFIX, peer=HOST:PORT with listen=HOST:PORT; codec=zstd behind "
     "a tier; policy=lru, ttl=1h, quota=2GiB, write=back, admit=second"
 )
+_KEYS = "encrypt what goes between instances, and let in holders of this file alone (baton keys PATH makes it)"
 _CACHE = {
     "serve": "Starts the cache server of this host and stays up until stopped.",
     "stats": "Shows what the cache server holds and did.",
@@ -66,7 +67,7 @@ def __getattr__(name: str) -> object:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script's entry."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"serve": _serve, "instance": _instance, "cache": _cache, "demo": _demo, "bench": _bench}
+    commands = {"serve": _serve, "instance": _instance, "cache": _cache, "keys": _keys, "demo": _demo, "bench": _bench}
     if not given or given[0] in ("-h", "--help"):
         print(_USAGE)
         return 0 if given else 2
@@ -89,6 +90,7 @@ _USAGE = """usage: baton COMMAND ...
 
   serve xPyD   start x prefill and y decode instances behind one OpenAI endpoint, and stay up
   instance     start one instance that joins a proxy, here or on another host
+  keys PATH    make the key file by which a cluster encrypts, and knows who belongs to it
   cache        serve, stats, ls, pin, unpin, drop, warm: the host's shared KV cache by hand
   demo         start 1P1D with the bundled model, ask a question, show its timeline, stop
   bench NAME   measure; NAME is one of: handoff, cache, codecs
@@ -116,6 +118,7 @@ def _serve(arguments: Sequence[str]) -> int:
         metavar="8GiB[,TIER...][,RULE...]",
         help=f"a KV cache that all instances share: {_CACHE_WORDS}",
     )
+    parser.add_argument("--keys", metavar="PATH", help=_KEYS)
     parser.add_argument("--start", choices=("fork", "plain"), help="how instances start (fork on CPUs, else plain)")
     return _call("cluster.serve", parser.parse(_joined(arguments)))
 
@@ -134,10 +137,19 @@ def _instance(arguments: Sequence[str]) -> int:
     parser.add_argument("--name", help="unique behind one proxy")
     parser.add_argument("--cache", metavar="unix:PATH", help="the host's cache server, if there is one")
     parser.add_argument("--transport", choices=("auto", "shm", "zmq"), default="auto", help="how KV moves (auto)")
+    parser.add_argument("--keys", metavar="PATH", help=_KEYS)
     own, _, passed = _split(arguments)
     options = parser.parse(own)
     options.passed = tuple(passed)
     return _call("cluster.single", options)
+
+
+def _keys(arguments: Sequence[str]) -> int:
+    parser = _Parser(
+        "baton keys", description="Makes a key file, for --keys of every instance and proxy of one cluster."
+    )
+    parser.add_argument("path", metavar="PATH", help="a new file, which this user alone can read")
+    return _call("cluster.keys", parser.parse(arguments))
 
 
 def _cache(arguments: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
     Backing        nothing                                  plain vLLM, with or without its own prefix cache
     OwnServer      arena ── disk | Redis                    started by the engine's launcher, anew with each engine
     OtherHost      arena of another host ══ TCP ══ arena    first the engine is that host's, then this one's
+    OneOfTwo       arena ══ TCP ══ arena of a second host   both hosts have engines, each is the other's peer
     LMCache        lmcache server ── disk | Redis           outlives the engine
 
 Threads: the caller's; servers are processes of their own.
@@ -100,12 +101,18 @@ class OtherHost(Backing):
 
     def known(self, cluster: Cluster) -> None:
         """Raises BatonError if this host never hears of the other's blocks."""
-        socket, deadline = str(cluster.cache.socket), time.monotonic() + SETTLE_TIMEOUT_S
-        while not ask_figures(socket).get("peer_blocks"):
-            if time.monotonic() > deadline:
-                raise BatonError("the peer's blocks did not become known")
-            time.sleep(_POLL_S)
-        _until_still(socket)
+        _until_known(str(cluster.cache.socket))
+
+
+class OneOfTwo(OwnServer):
+    """here, there: HOST:PORT where this host's and the other one's cache server listen to peers."""
+
+    def __init__(self, num_bytes: int, here: str, there: str) -> None:
+        super().__init__(f"{num_bytes >> 20}MiB,listen={here},peer={there}", has_tier=True)
+
+    def settle(self, cluster: Cluster) -> None:
+        """Also until it knows of the other's blocks. Raises BatonError if it never hears of them."""
+        _until_known(str(cluster.cache.socket))
 
 
 class LMCache(Backing):
@@ -182,7 +189,7 @@ def _adapter(system: CacheSystem, site: Site) -> Iterator[dict[str, object]]:
 @contextmanager
 def _other_host(folder: Path, size: str) -> Iterator[tuple[str, str]]:
     """A cache server that stands for another host's: its socket, and the address where peers ask it."""
-    address = f"{LOOPBACK}:{_two_free_ports()}"
+    address = f"{LOOPBACK}:{two_free_ports(LOOPBACK)}"
     member = CacheMember(CacheSpec.parse(f"{size},listen={address}"), folder)
     member.start()
     try:
@@ -198,14 +205,24 @@ def _other_host(folder: Path, size: str) -> Iterator[tuple[str, str]]:
         member.release()
 
 
-def _two_free_ports() -> int:
+def two_free_ports(host: str) -> int:
     """The first of two neighbours: a cache server listens at both. Raises BatonError."""
     for _ in range(_TRIES):
-        (port,) = free_ports(1, LOOPBACK)
+        (port,) = free_ports(1, host)
         with suppress(ConfigError):
-            check_free(port + 1, LOOPBACK)
+            check_free(port + 1, host)
             return port
     raise BatonError("no two neighbouring ports are free")
+
+
+def _until_known(socket: str) -> None:
+    """Until a cache server has all of its peer's blocks in its directory."""
+    deadline = time.monotonic() + SETTLE_TIMEOUT_S
+    while not ask_figures(socket).get("peer_blocks"):
+        if time.monotonic() > deadline:
+            raise BatonError("the peer's blocks did not become known")
+        time.sleep(_POLL_S)
+    _until_still(socket)
 
 
 def _until_still(socket: str) -> None:

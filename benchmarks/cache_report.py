@@ -13,10 +13,11 @@ from benchmarks.publish import bullets, results_path, versions
 from benchmarks.table import finding_lines
 
 _HOW = """\
-One system runs at a time (in the overhead's pairs: two), its engine alone on one core, all behind the same proxy,
-asked by one client, one request after the other, with greedy float answers of a few tokens. Times are the client's.
-What was found where is checked request by request by the engine's own counters, for Baton also by tier; a sample that
-did not come from where its system claims to have it is listed as not valid.
+One system runs at a time (in the overhead's pairs: two), its engine alone on one core (under workloads `peer` has two
+engines there), all behind the same proxy, asked by one client, one request after the other, with greedy float answers
+of a few tokens. Times are the client's. What was found where is checked request by request by the engine's own
+counters, for Baton also by tier; a sample that did not come from where its system claims to have it is listed as not
+valid.
 
 *Tiers*: random tokens, engines without their own prefix cache (`prefix` excepted), so that only the tier can have a
 prompt. Whole blocks of 128 tokens can be found, of 4,000 tokens 3,968; Baton keeps a prompt's incomplete last block
@@ -31,6 +32,13 @@ prefix cache and has room for {engine} tokens; `prefix-large` has the others' ho
 `small` working sets fit the engine's cache, `large` ones take two and a half times as much at a time. Answers of a
 conversation are the text's own. *Shorter* compares p50 with the same requests without any prefix cache; p99 is given
 for 100 requests or more.
+
+`peer` under workloads is two hosts on this machine, each with an engine and an arena of its own, each the other's
+peer over loopback. Requests go to them by turns, so a good half of what is reused was last asked of the other host;
+both engines compute on the same core, one at a time. Each host has what the one host of `disk` and `redis` has: an
+engine's cache, and an arena that holds less than `large` working sets (`host`'s holds far more), as with more each
+host would soon have a copy of its own. Nothing lies below the two arenas, and what both hosts have used takes room in
+both.
 
 *LMCache* 0.5.6 in its server mode, with packages that its authors do not declare as a set (no CUDA): stores and loads
 are its CPU fallback, synchronous in the worker's step. **These are not LMCache's figures on a GPU.** Its chunks have

@@ -65,7 +65,7 @@ class TierCell(msgspec.Struct, frozen=True, tag="tiers"):
 class WorkloadCell(msgspec.Struct, frozen=True, tag="workload"):
     """One system under one workload. reuse: the share of prompt tokens that was asked for; possible: what a cache
     without end could have given, in whole blocks. working_set_bytes: of KV of all distinct blocks. num_active: families
-    that were asked by turns."""
+    that were asked by turns. problem: of the whole cell."""
 
     system: str
     workload: str
@@ -75,6 +75,7 @@ class WorkloadCell(msgspec.Struct, frozen=True, tag="workload"):
     working_set_bytes: int
     num_active: int
     answers: tuple[Answered, ...]
+    problem: str = ""
 
     @property
     def key(self) -> str:

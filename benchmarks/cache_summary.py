@@ -233,7 +233,7 @@ def _workload_row(cell: WorkloadCell, plain: list[float] | None) -> WorkloadRow:
         computed_tokens=sum(answer.computed for answer in cell.answers),
         saved=_saved(cell.answers),
         hits=_hits(cell.answers, total),
-        num_problems=sum(bool(answer.problem) for answer in cell.answers),
+        num_problems=sum(bool(answer.problem) for answer in cell.answers) + bool(cell.problem),
     )
 
 

@@ -1,4 +1,4 @@
-"""The systems that `baton bench cache` compares: always one engine behind Baton's own proxy.
+"""The systems that `baton bench cache` compares: one engine behind Baton's own proxy, `peer` under workloads two.
 
 plain, prefix            proxy ── vLLM                            its own prefix cache off, on
 host, disk, redis, peer  proxy ── vLLM + Baton ── cache server ── disk | Redis | another cache server
@@ -45,7 +45,7 @@ SYSTEMS = {
         CacheSystem("host", Kind.BATON, "host"),
         CacheSystem("disk", Kind.BATON, "disk"),
         CacheSystem("redis", Kind.BATON, "redis"),
-        CacheSystem("peer", Kind.BATON, "peer", has_workloads=False),
+        CacheSystem("peer", Kind.BATON, "peer"),
         CacheSystem("lmcache", Kind.LMCACHE, "host"),
         CacheSystem("lmcache-disk", Kind.LMCACHE, "disk", has_workloads=False),
         CacheSystem("lmcache-redis", Kind.LMCACHE, "redis", has_workloads=False),

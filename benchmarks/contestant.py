@@ -25,14 +25,15 @@ from engine.instance import ServedModel
 class Contestant:
     """`start` first. `forget` may change its addresses."""
 
-    def __init__(self, system: CacheSystem, site: Site, memory: Memory, *, prefix_caching: bool) -> None:
+    def __init__(
+        self, system: CacheSystem, site: Site, memory: Memory, backing: Backing, *, prefix_caching: bool
+    ) -> None:
         """prefix_caching: whether an engine with a cache behind it keeps its own prefix cache too."""
         self.system = system
         self._site = site
         self._memory = memory
         self._has_prefix_cache = system.tier == "engine" or (prefix_caching and system.kind is not Kind.NOBODY)
-        self._stack = ExitStack()
-        self._backing = Backing()
+        self._backing = backing
         self._cluster: Cluster | None = None
 
     @property
@@ -47,7 +48,6 @@ class Contestant:
 
     def start(self) -> None:
         """Returns when it can be asked. Raises BatonError."""
-        self._backing = self._stack.enter_context(backing_of(self.system, self._site, self._memory))
         self._start_cluster()
 
     def settle(self) -> None:
@@ -69,7 +69,6 @@ class Contestant:
         """Ends everything that was started here. May be called again."""
         if self._cluster is not None:
             self._cluster.stop()
-        self._stack.close()
 
     def _running(self) -> Cluster:
         if self._cluster is None:
@@ -101,14 +100,17 @@ class Contestant:
 
 @contextmanager
 def contestant(
-    system: CacheSystem, site: Site, memory: Memory, *, prefix_caching: bool = False
+    system: CacheSystem, site: Site, memory: Memory, *, prefix_caching: bool = False, backing: Backing | None = None
 ) -> Iterator[Contestant]:
-    """A system that runs; stopped at the end, whatever ends it."""
-    running = Contestant(system, site, memory, prefix_caching=prefix_caching)
+    """A system that runs; stopped at the end, whatever ends it. backing: another one than the system's own."""
+    stack = ExitStack()
     try:
+        chosen = backing or stack.enter_context(backing_of(system, site, memory))
+        running = Contestant(system, site, memory, chosen, prefix_caching=prefix_caching)
+        stack.callback(running.stop)
         running.start()
         site.progress.done(f"{system.name} is ready")
         yield running
     finally:
         with undisturbed():
-            running.stop()
+            stack.close()

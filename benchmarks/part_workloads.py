@@ -2,16 +2,20 @@
 
 The engine's KV cache is made small, so that a working set can be larger than it in little time. Every system has the
 same; `prefix-large` gets the others' host memory on top, which is the same total. Where a tier below the host's memory
-is measured, that memory holds less than the larger working sets, so that the tier is needed.
+is measured, that memory holds less than the larger working sets, so that the tier is needed. `peer` is two hosts that
+are asked by turns (benchmarks.hosts).
 """
 
 from __future__ import annotations
 
-from benchmarks.asking import Asker
+from collections.abc import Sequence
+
 from benchmarks.bench import BLOCK_TOKENS, Bench
-from benchmarks.cache_results import WorkloadCell, workload_key
-from benchmarks.cache_systems import CacheSystem, Memory
+from benchmarks.cache_results import Answered, WorkloadCell, workload_key
+from benchmarks.cache_systems import CacheSystem, Kind, Memory
+from benchmarks.hosts import Hosts, hosts_of
 from benchmarks.workloads import (
+    LARGE,
     MAX_PROMPT_TOKENS,
     NO_SIZE,
     Prompt,
@@ -39,7 +43,7 @@ def weight(bench: Bench) -> float:
 
 
 def measure(bench: Bench) -> None:
-    """Every situation of every system that the state does not have yet; an engine per system."""
+    """Every situation of every system that the state does not have yet; each system is started once."""
     for system in _systems(bench):
         missing = [each for each in _situations(bench) if not bench.state.has(_key(system, each))]
         if missing:
@@ -55,19 +59,25 @@ def engine_tokens() -> int:
 
 
 def _measure_system(bench: Bench, system: CacheSystem, missing: list[Situation]) -> None:
-    with bench.running(system, _memory(bench, system), prefix_caching=True) as (_, asker):
-        asker.ask(bench.random_prompt(4 * BLOCK_TOKENS, "workloads/warm-up"), MAX_TOKENS)
+    with hosts_of(bench, system, _memory(bench, system)) as hosts:
         for situation in missing:
             prompts = prompts_of(situation, bench.corpus, SEED)
-            bench.state.add(_cell(bench, system, asker, situation, prompts))
+            bench.state.add(_cell(bench, system, hosts, situation, prompts))
             bench.bar.advance(_weight(prompts))
 
 
-def _cell(bench: Bench, system: CacheSystem, asker: Asker, situation: Situation, prompts: list[Prompt]) -> WorkloadCell:
+def silent_tier(system: CacheSystem, situation: Situation, answers: Sequence[Answered]) -> str:
+    """Why a cell does not show the tier that it is named after: it was needed and gave nothing. Empty if it does."""
+    if system.kind is not Kind.BATON or situation.size != LARGE or any(system.tier in each.tiers for each in answers):
+        return ""
+    return f"not one token from {system.tier}"
+
+
+def _cell(bench: Bench, system: CacheSystem, hosts: Hosts, situation: Situation, prompts: list[Prompt]) -> WorkloadCell:
     answers = []
     for index, prompt in enumerate(prompts):
         bench.bar.show(f"{system.name}: {situation.name}, {index + 1}/{len(prompts)}")
-        answers.append(asker.ask(prompt, MAX_TOKENS))
+        answers.append(hosts.ask(index, prompt, MAX_TOKENS))
     return WorkloadCell(
         system=system.name,
         workload=situation.workload,
@@ -77,6 +87,7 @@ def _cell(bench: Bench, system: CacheSystem, asker: Asker, situation: Situation,
         working_set_bytes=working_set_blocks(prompts) * BLOCK_TOKENS * bench.options.recipe.token_bytes,
         num_active=situation.num_active,
         answers=tuple(answers),
+        problem=silent_tier(system, situation, answers),
     )
 
 

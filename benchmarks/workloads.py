@@ -26,6 +26,7 @@ BLOCK_TOKENS = 128
 MAX_PROMPT_TOKENS = 1664
 NO_SIZE = "none"
 """Of the working set where nothing is reused."""
+LARGE = "large"
 MOST_REQUESTS = 40
 """Of one family."""
 
@@ -101,7 +102,7 @@ def situations(
             small = max(engine_tokens // (2 * largest), 1)
             large = -(-engine_tokens * 5 // (2 * largest))
             result.append(Situation(workload, share, "small", small, few))
-            result.append(Situation(workload, share, "large", large, num_requests if share == max(reuse) else few))
+            result.append(Situation(workload, share, LARGE, large, num_requests if share == max(reuse) else few))
     return result
 
 

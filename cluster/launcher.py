@@ -49,7 +49,7 @@ class Cluster:
         progress: Progress | None = None,
         zygote: Zygote | None = None,
     ) -> None:
-        self._options = options or ClusterOptions()
+        self._options = plan.with_keys(options or ClusterOptions())
         self._progress = progress
         self._build = installed_build()
         self._address = plan.proxy_address(self._options)
@@ -164,6 +164,7 @@ class Cluster:
         command = [sys.executable, "-P", "-m", "proxy", "--host", self._address.host, "--port", str(self._address.port)]
         command += ["--open-control"] if self._options.open_control else []
         command += ["--tenant-key", str(_tenant_key())]
+        command += ["--keys", self._options.keys] if self._options.keys else []
         command += plan.contexts_arguments(self._options.cache, folder.path)
         command += self._options.proxy_arguments
         log = folder.path / "proxy.log"

@@ -18,6 +18,7 @@ from core.topology import InstanceInfo
 from engine.build import Device
 from engine.instance import InstanceSpec
 from transport.join import JoinThread
+from transport.keys import read_keys
 
 PROBE_TIMEOUT_S = 1.0
 Starter = Callable[[], Child]
@@ -87,7 +88,7 @@ class InstanceMember(Member):
         if self.spec.plain:
             spec, pid = self.spec, self.pid
             info = InstanceInfo(spec.name, spec.role, spec.url, boot_id=secrets.token_hex(8), pid=pid)
-            self._join = JoinThread(spec.join, lambda: info)
+            self._join = JoinThread(spec.join, lambda: info, read_keys(spec.keys) if spec.keys else None)
 
     def after_death(self) -> None:
         self.leave()

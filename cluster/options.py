@@ -27,6 +27,7 @@ class ClusterOptions(msgspec.Struct, frozen=True):
     arguments_*: for `vllm serve`, by role. connector: options of every connector (engine/settings.py), connector_*: of
     one role's. start: None takes the fastest that this vLLM knows. environment: for the instances.
     cache: the KV cache that all instances share; None: each keeps its own blocks only.
+    keys: path of the cluster's key file (`baton keys`); empty: nothing is encrypted.
     restart: start again what dies. start_timeout_s: until all are ready.
     """
 
@@ -44,6 +45,7 @@ class ClusterOptions(msgspec.Struct, frozen=True):
     environment: dict[str, str] = {}
     proxy_arguments: tuple[str, ...] = ()
     cache: CacheSpec | None = None
+    keys: str = ""
     restart: bool = True
     start_timeout_s: float = 900.0
 
@@ -51,4 +53,5 @@ class ClusterOptions(msgspec.Struct, frozen=True):
         return self.arguments_prefill if role is Role.PREFILL else self.arguments_decode
 
     def connector_of(self, role: Role) -> dict[str, Any]:
-        return self.connector | (self.connector_prefill if role is Role.PREFILL else self.connector_decode)
+        keys = {"keys": self.keys} if self.keys else {}
+        return keys | self.connector | (self.connector_prefill if role is Role.PREFILL else self.connector_decode)

@@ -18,6 +18,8 @@ from engine.build import Build, Device
 from engine.instance import ENV_VLLM_CORES, InstanceSpec, num_ranks
 from engine.preflight import check_arguments, check_device, check_memory, check_model, check_ranks
 from kvcache.spec import CacheSpec
+from transport.keys import read_keys
+from transport.schemes import unavailable
 
 
 def instances(topology: Topology, options: ClusterOptions, proxy_url: str, build: Build) -> list[InstanceSpec]:
@@ -50,6 +52,24 @@ def instances(topology: Topology, options: ClusterOptions, proxy_url: str, build
 def with_cache(spec: InstanceSpec, socket: str) -> InstanceSpec:
     """The same instance with the host's KV cache behind it."""
     return msgspec.structs.replace(spec, connector={"cache": socket} | spec.connector)
+
+
+def with_keys(options: ClusterOptions) -> ClusterOptions:
+    """The same options, with the key file's whole path. Raises ConfigError if it cannot be used, or if something would
+    leave this host unencrypted all the same."""
+    if not options.keys:
+        return options
+    path = os.path.abspath(options.keys)
+    read_keys(path)
+    why = unavailable(options.transport, has_keys=True) if options.transport != "auto" else ""
+    if why:
+        raise ConfigError(f"--transport {options.transport}: {why}")
+    if options.cache is not None and options.cache.is_on_the_network:
+        raise ConfigError(
+            "--keys: caches of other hosts (listen=, peer=) send their blocks unencrypted: leave these words out of "
+            "--cache, or leave out --keys on a closed network"
+        )
+    return msgspec.structs.replace(options, keys=path)
 
 
 def contexts_arguments(cache: CacheSpec | None, folder: Path) -> list[str]:

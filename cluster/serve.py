@@ -34,6 +34,7 @@ def run(options: argparse.Namespace) -> int:
             arguments_prefill=options.prefill_args,
             arguments_decode=options.decode_args,
             cache=CacheSpec.parse(options.cache) if options.cache else None,
+            keys=options.keys or "",
         ),
         Progress(sys.stderr),
     )

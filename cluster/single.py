@@ -24,7 +24,8 @@ from core.errors import BatonError
 from core.handoff import Role
 from engine.build import Build, installed_build
 from engine.instance import ENV_VLLM_CORES, InstanceSpec, cache_folder, num_ranks
-from transport.join import parse_proxy_url
+from transport.join import check_keys, parse_proxy_url
+from transport.keys import read_keys
 
 _POLL_S = 0.2
 
@@ -53,6 +54,11 @@ def _spec(options: argparse.Namespace) -> InstanceSpec:
     if options.port:
         check_free(options.port, options.host)
     port = options.port or free_ports(1, options.host)[0]
+    connector = {"cache": socket_of(options.cache)} if options.cache else {}
+    keys = read_keys(options.keys) if options.keys else None
+    check_keys(options.join, keys)
+    if options.keys:
+        connector["keys"] = os.path.abspath(options.keys)
     return InstanceSpec(
         name=options.name or f"{options.role}-{socket.gethostname()}-{secrets.token_hex(2)}",
         role=Role(options.role),
@@ -63,7 +69,7 @@ def _spec(options: argparse.Namespace) -> InstanceSpec:
         transport=options.transport,
         cores=_cores(options.passed),
         arguments=options.passed,
-        connector={"cache": socket_of(options.cache)} if options.cache else {},
+        connector=connector,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -18,6 +18,9 @@ from core.errors import ProtocolError
 
 PARAMS_KEY = "baton"
 """The key of `kv_transfer_params` under which the ticket travels."""
+
+LONGEST_NAME = 1024
+"""Characters of what names an instance or a hand-off: peers keep them."""
 
 LONGEST_LABEL = 128
 """Characters of a label's name."""
@@ -39,9 +42,9 @@ class Peer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_ranks: its tensor-parallel workers, each of which sends and receives its own heads.
     """
 
-    name: str
-    control: str
-    boot_id: str
+    name: Annotated[str, msgspec.Meta(max_length=LONGEST_NAME)]
+    control: Annotated[str, msgspec.Meta(max_length=LONGEST_NAME)]
+    boot_id: Annotated[str, msgspec.Meta(max_length=LONGEST_NAME)]
     num_ranks: int = 1
 
 

@@ -30,9 +30,8 @@ class Correspondence:
         self._fingerprint = fingerprint
         self._halves: tuple[Sender, Receiver] | None = None
         identity = Identity(settings.name, uuid.uuid4().hex, fingerprint, num_ranks)
-        self._control = ControlPlane(
-            settings.host, identity, Callbacks(self._on_envelope, self._on_peer_lost, self._on_tick)
-        )
+        callbacks = Callbacks(self._on_envelope, self._on_peer_lost, self._on_tick)
+        self._control = ControlPlane(settings.host, identity, callbacks, keys=settings.read_keys())
         self.me = self._control.peer
 
     def introduce(self, sender: Sender, receiver: Receiver) -> None:

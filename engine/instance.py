@@ -63,6 +63,11 @@ class InstanceSpec(msgspec.Struct, frozen=True):
     environment: dict[str, str] = {}
 
     @property
+    def keys(self) -> str:
+        """Path of the cluster's key file; empty where there is none."""
+        return str(self.connector.get("keys", ""))
+
+    @property
     def url(self) -> str:
         """Where its OpenAI server answers."""
         return url_of(self.host, self.port)

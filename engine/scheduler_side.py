@@ -99,14 +99,15 @@ class SchedulerSide:
         self._receiver = Receiver(self.me, offer, self._ports, self._accounts, settings.limits)
         self._correspondence.introduce(self._sender, self._receiver)
         if settings.join:
-            self._join = JoinThread(settings.join, self._info)
+            self._join = JoinThread(settings.join, self._info, settings.read_keys())
         _log.info(
-            "baton instance %s (%s): control %s, transports %s, tensor parallel size %d",
+            "baton instance %s (%s): control %s, transports %s, tensor parallel size %d, %s",
             self.me.name,
             settings.role.value,
             self.me.control,
             ", ".join(self._schemes),
             self.me.num_ranks,
+            "encrypted" if settings.keys else "not encrypted",
         )
 
     def watch_pool(self, free_blocks: Callable[[], int]) -> None:

@@ -10,6 +10,7 @@ from core.errors import ConfigError
 from core.handoff import Role
 from decode.admission import Limits
 from transport.faultpoint import Fault
+from transport.keys import Keys, read_keys
 
 
 class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -21,6 +22,8 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     transport: auto, shm or zmq. full_digest: every byte counts in the digest also over shm.
     audit: fill blocks with a pattern before asking for them, and count afterwards what was not written.
     cache: the socket of the host's cache server; empty: KV is kept in the engine alone.
+    keys: path of the cluster's key file (`baton keys`): what leaves this host is encrypted, and only who has the same
+        keys is spoken to; empty: nothing is encrypted.
     fault, faulty: for tests of recovery, see transport/faultpoint.py and transport/faulty.py.
     """
 
@@ -36,6 +39,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     fault: Fault | None = None
     faulty: dict[str, int] = {}
     cache: str = ""
+    keys: str = ""
 
     @classmethod
     def parse(cls, options: dict[str, Any]) -> ConnectorSettings:
@@ -45,3 +49,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
         except msgspec.ValidationError as error:
             known = ", ".join(cls.__struct_fields__)
             raise ConfigError(f"kv_connector_extra_config: {error}; known options: {known}") from error
+
+    def read_keys(self) -> Keys | None:
+        """None where nothing is encrypted. Raises ConfigError as `transport.keys.read_keys` does."""
+        return read_keys(self.keys) if self.keys else None

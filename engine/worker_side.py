@@ -41,8 +41,9 @@ class WorkerSide:
         self._layers: dict[str, int] = {}
         wanted = SCHEMES if settings.transport == "auto" else (settings.transport,)
         self._transports: dict[str, Transport] = {}
+        keys = settings.read_keys()
         for scheme in wanted:
-            transport = make_transport(scheme, settings.host)
+            transport = make_transport(scheme, settings.host, keys)
             if settings.faulty:
                 transport = FaultyTransport(transport, Faults(**settings.faulty))
             self._transports[scheme] = transport

@@ -2,8 +2,8 @@
 
     askers (DEALER) ══▶ ROUTER at HOST:PORT ──▶ next_message: [identity, word]        send(identity, word) ──▶ asker
 
-Memory model: bounded by the sockets' queues; messages larger than any word of an asker's are dropped unread by ZMQ, and
-so is who does not speak its protocol within HANDSHAKE_TIMEOUT_MS.
+Memory model: bounded by the sockets' queues and the doorway's limits; messages larger than any word of an asker's are
+dropped unread by ZMQ, and so is who does not speak its protocol in time.
 Threading: the server's event loop; nothing here waits.
 """
 
@@ -14,10 +14,12 @@ import zmq
 from core.errors import ConfigError
 from kvcache.peer_words import MAX_ASKED_BYTES
 from transport.address import bind_address
+from transport.doorway import Doorway
+from transport.intake import IntakeLimits
 
 MAX_QUEUED_MESSAGES = 256
 MAX_PARTS = 3
-HANDSHAKE_TIMEOUT_MS = 2000
+LIMITS = IntakeLimits(connection_bytes=4 << 20, total_bytes=64 << 20)
 
 
 class Door:
@@ -27,22 +29,22 @@ class Door:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
             wanted = bind_address(host).removesuffix("*") + port
-            self._router = self._context.socket(zmq.ROUTER)
+            router = self._context.socket(zmq.ROUTER)
             for option, value in (
                 (zmq.LINGER, 0),
                 (zmq.ROUTER_MANDATORY, 1),
                 (zmq.MAXMSGSIZE, MAX_ASKED_BYTES),
                 (zmq.SNDHWM, MAX_QUEUED_MESSAGES),
                 (zmq.RCVHWM, MAX_QUEUED_MESSAGES),
-                (zmq.HANDSHAKE_IVL, HANDSHAKE_TIMEOUT_MS),
                 (zmq.IPV6, int("[" in wanted)),
             ):
-                self._router.setsockopt(option, value)
-            self._router.bind(wanted)
+                router.setsockopt(option, value)
+            self._doorway = Doorway(self._context, router, wanted, LIMITS, None)
         except (ConfigError, zmq.ZMQError) as error:
             self._context.destroy(0)
             raise ConfigError(f"--cache: cannot listen at {host}:{port} for peers: {error}") from error
-        self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._router = router
+        self.address = self._doorway.address
         self.fd = int(self._router.getsockopt(zmq.FD))
 
     def next_message(self) -> list[bytes] | None:
@@ -50,16 +52,24 @@ class Door:
         if self._router.closed:
             return None
         parts: list[bytes] = []
+        num_bytes, num_parts = 0, 0
         try:
             part = self._router.recv(zmq.NOBLOCK, copy=False)
             parts.append(part.bytes)
             while part.more:
                 part = self._router.recv(zmq.NOBLOCK, copy=False)
+                num_bytes, num_parts = num_bytes + len(part), num_parts + 1
                 if len(parts) < MAX_PARTS:
                     parts.append(part.bytes)
         except zmq.Again:
             return None
+        if num_parts:  # the first part is the connection's name, which did not come over the line
+            self._doorway.took(part, num_bytes, num_parts)
         return parts
+
+    def watch(self) -> None:
+        """Every now and then: who came, who left, who sends too much."""
+        self._doorway.turn(True)
 
     def send(self, identity: bytes, message: bytes) -> bool:
         """False if the asker is gone or has too much unread."""
@@ -70,5 +80,5 @@ class Door:
         return True
 
     def close(self) -> None:
-        self._router.close(0)
+        self._doorway.close()
         self._context.destroy(0)

@@ -17,7 +17,6 @@ import threading
 from contextlib import suppress
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from core.clock import Clock
 from core.errors import ProtocolError, TransferError
@@ -26,6 +25,8 @@ from kvcache.breaker import Breaker
 from kvcache.directory import Directory
 from kvcache.keys import BlockKey, split_keys
 from kvcache.peer_streams import PeerStreams
+from transport.intake import Intake, IntakeLimits
+from transport.monitor import ENDED, REFUSED, Monitor
 
 CONNECT_TIMEOUT_S = 2.0
 SILENCE_S = 3.0
@@ -38,13 +39,7 @@ TURN_MS = 200
 MESSAGES_PER_TURN = 64
 MAX_QUEUED_MESSAGES = 256
 CLOSE_TIMEOUT_S = 5.0
-_LOST = (
-    zmq.EVENT_DISCONNECTED
-    | zmq.EVENT_CLOSED
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-)
+LIMITS = IntakeLimits(connection_bytes=64 << 20, total_bytes=64 << 20, max_connections=1)
 
 
 class PeerLink:
@@ -126,12 +121,12 @@ class PeerLink:
 
     def _converse(self, dealer: zmq.Socket[bytes]) -> None:
         """Until the line ends, which raises, or is closed."""
-        monitor = _connect(dealer, f"tcp://{self.peer}")
+        monitor = _connect(self._context, dealer, f"tcp://{self.peer}")
         try:
             dealer.send(words.encode(words.Hello(words.VERSION)), zmq.NOBLOCK)
-            line = _Line(dealer, monitor, self._clock)
+            line = _Line(dealer, monitor, int(self.peer.rpartition(":")[2]), self._clock)
             while not self._closing:
-                zmq.zmq_poll([(dealer, zmq.POLLIN), (monitor, zmq.POLLIN), (self._bell, zmq.POLLIN)], TURN_MS)
+                zmq.zmq_poll([(dealer, zmq.POLLIN), (monitor.socket, zmq.POLLIN), (self._bell, zmq.POLLIN)], TURN_MS)
                 with suppress(BlockingIOError):
                     os.eventfd_read(self._bell)
                 for word in line.take():
@@ -139,8 +134,7 @@ class PeerLink:
                 line.check()
                 line.say_alive()
         finally:
-            dealer.disable_monitor()
-            monitor.close(0)
+            monitor.close()
 
     def _hear(self, word: words.ToAsker, line: _Line) -> None:
         """Raises ProtocolError if a word is none that may come at this moment."""
@@ -173,9 +167,10 @@ class PeerLink:
 class _Line:
     """One connection: its sockets, when anything was heard or said last."""
 
-    def __init__(self, dealer: zmq.Socket[bytes], monitor: zmq.Socket[bytes], clock: Clock) -> None:
+    def __init__(self, dealer: zmq.Socket[bytes], monitor: Monitor, port: int, clock: Clock) -> None:
         self._dealer = dealer
         self._monitor = monitor
+        self._intake = Intake(port, LIMITS)
         self._clock = clock
         self._heard_s = self._said_s = clock.monotonic_s()
         self.is_welcome = False
@@ -190,16 +185,20 @@ class _Line:
                 break
             if len(parts) != 1:
                 raise ProtocolError("it says something of several parts")
+            self._intake.took(int(parts[0].get(zmq.SRCFD)), len(parts[0]), 1)
             result.append(words.decode_at_asker(parts[0].buffer))
         if result:
             self._heard_s = self._clock.monotonic_s()
         return result
 
     def check(self) -> None:
-        """Raises TransferError if the connection is lost or silent."""
-        with suppress(zmq.Again):
-            if parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"] & _LOST:
+        """Raises TransferError if the connection is lost or silent, or says too much at once."""
+        for event in self._monitor.take():
+            if event.kind != zmq.EVENT_CONNECTED:
                 raise TransferError("the connection is lost" if self.is_welcome else "nobody answers there")
+            self._intake.opened(event.value)
+        if self._intake.check():
+            raise TransferError("it sent too much at once")
         patience_s = SILENCE_S if self.is_welcome else CONNECT_TIMEOUT_S
         if self._clock.monotonic_s() - self._heard_s > patience_s:
             raise TransferError(f"it has been silent for {patience_s:.0f} s")
@@ -214,7 +213,7 @@ class _Line:
             self.say(words.Alive())
 
 
-def _connect(dealer: zmq.Socket[bytes], address: str) -> zmq.Socket[bytes]:
+def _connect(context: zmq.Context[zmq.Socket[bytes]], dealer: zmq.Socket[bytes], address: str) -> Monitor:
     """Begins to connect; returns the monitor that tells of the connection's end. Raises zmq.ZMQError."""
     for option, value in (
         (zmq.LINGER, 0),
@@ -225,8 +224,12 @@ def _connect(dealer: zmq.Socket[bytes], address: str) -> zmq.Socket[bytes]:
         (zmq.IPV6, int("[" in address)),
     ):
         dealer.setsockopt(option, value)
-    monitor = dealer.get_monitor_socket(_LOST)
-    dealer.connect(address)
+    monitor = Monitor(context, dealer, zmq.EVENT_CONNECTED | REFUSED | ENDED)
+    try:
+        dealer.connect(address)
+    except zmq.ZMQError:
+        monitor.close()
+        raise
     return monitor
 
 

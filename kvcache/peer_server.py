@@ -91,6 +91,7 @@ class PeerServer:
                 elif not session.announce() and now_s - session.told_s > ALIVE_S:
                     self._send(identity, words.Alive())
             self._drain()
+            self._door.watch()
 
     def _drain(self) -> None:
         """Takes what has come. ZMQ's descriptor tells of the first message only, so it is asked until it has none."""

@@ -75,6 +75,11 @@ class CacheSpec(msgspec.Struct, frozen=True):
     rules: Rules = Rules()
     text: str = ""
 
+    @property
+    def is_on_the_network(self) -> bool:
+        """Whether other hosts' caches are spoken to."""
+        return bool(self.listen) or any(isinstance(tier, PeersSpec) for tier in self.tiers)
+
     @classmethod
     def parse(cls, text: str) -> CacheSpec:
         """Raises ConfigError with the form that is expected."""

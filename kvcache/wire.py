@@ -228,6 +228,7 @@ _ByHand = Drop | Ask | Pin | DropLabel | AskLabels
 ToServer = Hello | Search | SearchPartial | Reserve | Commit | Abandon | Release | Touch | Bad | Name | _ByHand
 ToClient = Welcome | Found | Granted | Figures | Labelled | Labels
 
+_BAD_INPUT = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _encoder = msgspec.msgpack.Encoder()
 _server_decoder: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
 _client_decoder: msgspec.msgpack.Decoder[ToClient] = msgspec.msgpack.Decoder(ToClient)
@@ -251,7 +252,7 @@ def decode_at_server(body: bytes) -> ToServer:
     """Raises ProtocolError."""
     try:
         return _server_decoder.decode(body)
-    except msgspec.DecodeError as error:
+    except _BAD_INPUT as error:
         raise ProtocolError(f"not a message for a cache server: {error}") from error
 
 
@@ -259,7 +260,7 @@ def decode_at_client(body: bytes) -> ToClient:
     """Raises ProtocolError."""
     try:
         return _client_decoder.decode(body)
-    except msgspec.DecodeError as error:
+    except _BAD_INPUT as error:
         raise ProtocolError(f"not a message of a cache server: {error}") from error
 
 

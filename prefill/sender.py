@@ -19,7 +19,7 @@ from core.handoff import Peer
 from core.layout import KVLayout
 from core.prompt import Prompt
 from core.report import FromCache
-from prefill.outgoing import Outgoing, OutgoingTable
+from prefill.outgoing import MAX_WHY_CHARACTERS, Outgoing, OutgoingTable
 from prefill.push import PushChunk, PushCommands, Pushed, PushResults, PushTarget, Quiet
 from prefill.reports import SendReports
 from transport.handoff import Event, Sending, advance_sending, allows
@@ -144,6 +144,11 @@ class Sender:
                 self._on_quiet(quiet)
             return self._releasable()
 
+    def num_early_bytes(self) -> int:
+        """Of Accepts whose requests have not come."""
+        with self._lock:
+            return self._all.num_early_bytes()
+
     def num_busy(self) -> int:
         """Hand-offs that are moving or stopping."""
         with self._lock:
@@ -158,7 +163,7 @@ class Sender:
                 self._on_accept(sender, message)
             elif isinstance(message, Decline):
                 out = self._all.of(message.handoff)
-                out.why = message.why
+                out.why = message.why[:MAX_WHY_CHARACTERS]
                 if allows(out.state, Event.DECLINE):
                     self._move(out, Event.DECLINE)
             elif isinstance(message, Cancel):
@@ -204,6 +209,9 @@ class Sender:
 
     def _on_accept(self, sender: Peer, accept: Accept) -> None:
         out = self._all.of(accept.handoff, accept.timeout_s)
+        if out.accept is None and not self._all.has_room(out, accept):
+            self.refuse(sender, accept.handoff, "too much is accepted here before it was asked for")
+            return
         if out.accept is None:
             out.decode, out.accept = sender, accept
             out.moments["accepted"] = self._ports.clock.unix_s()
@@ -252,10 +260,10 @@ class Sender:
         out = self._all.of(cancel.handoff)
         out.decode = sender
         if out.state is Sending.MOVING:
-            self._give_up(out, Event.CANCEL, cancel.why)
+            self._give_up(out, Event.CANCEL, cancel.why[:MAX_WHY_CHARACTERS])
         elif out.state is not Sending.STOPPING:
             if allows(out.state, Event.CANCEL):
-                out.why = cancel.why
+                out.why = cancel.why[:MAX_WHY_CHARACTERS]
                 self._move(out, Event.CANCEL)
             self._ports.send(sender, Cancelled(out.id))
         self._ports.wake()

@@ -12,13 +12,14 @@ _FORWARDED = ("authorization", "x-api-key", "traceparent", "tracestate")
 _MAX_CLIENT_ID = 256
 
 
-async def read(request: Request) -> bytes:
-    """The body. Raises RequestRefused (413) beyond its bound."""
+async def read(request: Request, limit_bytes: int | None = None) -> bytes:
+    """The body. Raises RequestRefused (413) beyond its bound (MAX_BODY_BYTES unless told otherwise)."""
+    limit_bytes = MAX_BODY_BYTES if limit_bytes is None else limit_bytes
     chunks, num_bytes = [], 0
     async for chunk in request.stream():
         num_bytes += len(chunk)
-        if num_bytes > MAX_BODY_BYTES:
-            raise RequestRefused(f"the body is larger than {MAX_BODY_BYTES} bytes", 413, code="body_too_large")
+        if num_bytes > limit_bytes:
+            raise RequestRefused(f"the body is larger than {limit_bytes} bytes", 413, code="body_too_large")
         chunks.append(chunk)
     return b"".join(chunks)
 

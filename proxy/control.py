@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 from collections import Counter
 from typing import Any
 
@@ -11,18 +12,25 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from core.clock import SystemClock
 from core.errors import ProtocolError
 from core.handoff import Role
 from core.topology import Heartbeat
 from proxy.admission import Admission
+from proxy.arrival import read
 from proxy.errors import ErrorAnswer, RequestRefused
 from proxy.labels import Labels
 from proxy.metrics import Metrics
 from proxy.records import Records, show
 from proxy.registry import Instance, Registry, State
 from proxy.settings import Settings
+from transport.keys import read_keys
+from transport.seldom import Seldom
+from transport.signature import HEADER, check_signature
 
 _MAX_HEARTBEAT_BYTES = 4 << 20
+_LOG_INTERVAL_S = 10.0
+_log = logging.getLogger(__name__)
 
 
 class Control:
@@ -43,6 +51,8 @@ class Control:
         self._records = records
         self._metrics = metrics
         self._labels = labels
+        self._refusals = Seldom(_LOG_INTERVAL_S)
+        self._keys = read_keys(settings.keys) if settings.keys else None
 
     def routes(self) -> APIRouter:
         router = APIRouter()
@@ -56,10 +66,14 @@ class Control:
 
     async def post_instance(self, request: Request) -> Response:
         self._check_local(request)
-        body = await request.body()
+        body = await read(request, _MAX_HEARTBEAT_BYTES)
         try:
-            if len(body) > _MAX_HEARTBEAT_BYTES:
-                raise ProtocolError(f"a heartbeat has at most {_MAX_HEARTBEAT_BYTES} bytes")
+            check_signature(self._keys, request.headers.get(HEADER), body, SystemClock().unix_s())
+        except ProtocolError as error:
+            if self._refusals.is_due(str(error)):
+                _log.warning("refused an instance at %s: %s", request.client.host if request.client else "?", error)
+            raise RequestRefused(str(error), 403, code="other_keys") from error
+        try:
             beat = msgspec.json.decode(body, type=Heartbeat)
             self._registry.heartbeat(beat)
         except (msgspec.DecodeError, ProtocolError) as error:

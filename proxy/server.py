@@ -47,6 +47,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> tuple[str, int, Set
     )
     parser.add_argument("--cache-socket", default="", metavar="PATH", help="of the host's cache server, for contexts")
     parser.add_argument("--contexts-file", default="", metavar="FILE", help="remembers contexts over the proxy's death")
+    parser.add_argument("--keys", default="", metavar="FILE", help="instances must have the same (baton keys FILE)")
     options = vars(parser.parse_args(arguments))
     host, port = options.pop("host"), options.pop("port")
     for name in ("queue_limit", "window", "in_flight_limit", "timeout_s"):

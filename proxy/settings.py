@@ -19,6 +19,7 @@ class Settings(msgspec.Struct, frozen=True):
     cache_socket: of the host's cache server, for contexts; empty: there is none.
     contexts_file: where contexts are kept for a proxy that is started again; empty: nowhere.
     context_limit, context_bytes: contexts of all tenants, and their texts together.
+    keys: path of the cluster's key file; instances must sign their heartbeats by it; empty: nobody signs.
     takeover_s: how long, after its prefill instance failed, a decode instance may take to say that it goes on alone.
     lost_after_s: without a heartbeat for this long, an instance gets no new requests.
     gone_after_s: without a heartbeat for this long, the requests it holds are given up and sent elsewhere.
@@ -37,6 +38,7 @@ class Settings(msgspec.Struct, frozen=True):
     contexts_file: str = ""
     context_limit: int = 4096
     context_bytes: int = 256 << 20
+    keys: str = ""
     takeover_s: float = 3.0
     lost_after_s: float = 8.0
     gone_after_s: float = 30.0

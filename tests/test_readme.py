@@ -64,6 +64,16 @@ SUPPORTED: list[tuple[str, str, str]] = [
     ),
     ("Official `openai` client, `vllm bench serve`", "yes", "engine/test_clients.py::test_the_official_client"),
     (
+        "Encrypted control plane and `zmq`, members only",
+        "yes, with `--keys`",
+        "engine/test_keys.py::test_a_handoff_by_zmq_is_exact_and_with_keys_nothing_of_it_can_be_read",
+    ),
+    (
+        "A decode instance restarts, its old memory is let go",
+        "yes",
+        "engine/test_restart.py::test_the_old_memory_is_gone_from_the_prefill_instance_and_the_next_hand_off_works",
+    ),
+    (
         "Tensor parallel sizes that differ (1 → 2, 2 → 1), or are equal",
         "yes, without `--cache`",
         "engine/test_tensor_parallel.py::test_another_tensor_parallel_size_decodes_the_same_tokens",
@@ -108,7 +118,7 @@ def test_every_script_that_the_readme_names_exists_and_runs() -> None:
 
 
 def test_every_command_of_the_readme_is_run_by_some_test() -> None:
-    """curl: test_clients; launch, demo, cache: tests/cluster; instance, vllm serve: test_join."""
-    known = ("scripts/launch ", "curl ", "baton instance ", "baton cache ", "vllm serve ")
+    """curl: test_clients; launch, demo, cache: tests/cluster; instance, vllm serve: test_join; keys: test_command."""
+    known = ("scripts/launch ", "curl ", "baton instance ", "baton cache ", "baton keys ", "vllm serve ")
     for command in commands():
         assert command.startswith(known), f"no test runs {command!r}"

@@ -3,8 +3,8 @@
     any thread: send(peer, message) ──▶ PUSH per peer (lock) ══ tcp ══▶ PULL ──▶ one thread: on_envelope
                                         └─ monitor, read every 50 ms ──────────▶ on_peer_lost, on_tick
 
-Memory model: bounded by the sockets' queues, MAX_MESSAGE_BYTES per message and MAX_PEERS sockets (the one used least
-lately is closed). Nothing received is kept.
+Memory model: bounded by the sockets' queues, MAX_MESSAGE_BYTES per message, MAX_PEERS sockets (the one used least
+lately is closed; transport/outbox.py) and the doorway's limits. Nothing received is kept.
 Threading: sockets to peers and their monitors are touched under one lock only, by whoever sends and by the thread; the
 PULL socket is the thread's alone. Callbacks run on the thread, without the lock, and must not wait; what they raise is
 logged.
@@ -12,7 +12,6 @@ logged.
 
 from __future__ import annotations
 
-import collections
 import functools
 import logging
 import math
@@ -22,19 +21,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from core.clock import Clock, SystemClock
 from core.errors import ConfigError, ProtocolError
 from core.handoff import Peer
 from transport.address import bind_address, is_address
+from transport.doorway import Doorway
+from transport.intake import IntakeLimits
+from transport.keys import Keys
 from transport.messages import MAX_MESSAGE_BYTES, Envelope, Message, decode_envelope, encode
+from transport.outbox import MAX_PEERS, Outbox
+from transport.seldom import Seldom
 
-MAX_PEERS = 1024
-MAX_QUEUED_MESSAGES = 10_000
 MESSAGES_PER_TURN = 256
+MAX_UNREAD_MESSAGES = 8
+"""Of one connection, in libzmq's queue; behind them the connection itself waits."""
+
 TICK_S = 0.05
-_LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_CONNECT_RETRIED
+LOG_INTERVAL_S = 5.0
+LIMITS = IntakeLimits(connection_bytes=4 * MAX_MESSAGE_BYTES, total_bytes=64 * MAX_MESSAGE_BYTES)
 _log = logging.getLogger(__name__)
 
 
@@ -61,19 +66,27 @@ class Callbacks:
 class ControlPlane:
     """Listens from construction until `close`: callbacks may come before the constructor has returned.
 
-    Raises ConfigError if it cannot listen on this host. `peer` is how others name and reach us.
+    Raises ConfigError if it cannot listen on this host. `peer` is how others name and reach us. keys: only who has them
+    is heard and spoken to, encrypted.
     """
 
-    def __init__(self, host: str, identity: Identity, callbacks: Callbacks, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        host: str,
+        identity: Identity,
+        callbacks: Callbacks,
+        clock: Clock | None = None,
+        keys: Keys | None = None,
+    ) -> None:
         self._fingerprint = identity.fingerprint
         self._callbacks = callbacks
         self._clock = clock or SystemClock()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 8 * MAX_PEERS)
-        self._pull = self._listen(host)
-        address = self._pull.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.peer = Peer(identity.name, address, identity.boot_id, identity.num_ranks)
-        self._peers = _PeerSockets(self._context)
+        self._pull, self._doorway = self._listen(host, keys)
+        self.peer = Peer(identity.name, self._doorway.address, identity.boot_id, identity.num_ranks)
+        self._peers = Outbox(self._context, keys)
+        self._losses = Seldom(LOG_INTERVAL_S)
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.malformed = 0
         self.unsent = 0
@@ -108,26 +121,28 @@ class ControlPlane:
         os.eventfd_write(self._stop_fd, 1)
         self._thread.join()
         os.close(self._stop_fd)
-        self._pull.close(0)
+        self._doorway.close()
         self._context.destroy(0)
 
-    def _listen(self, host: str) -> zmq.Socket[bytes]:
+    def _listen(self, host: str, keys: Keys | None) -> tuple[zmq.Socket[bytes], Doorway]:
         try:
             address = bind_address(host)
             pull = self._context.socket(zmq.PULL)
             pull.setsockopt(zmq.LINGER, 0)
             pull.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+            pull.setsockopt(zmq.RCVHWM, MAX_UNREAD_MESSAGES)
             pull.setsockopt(zmq.IPV6, int("[" in address))
-            pull.bind(address)
+            return pull, Doorway(self._context, pull, address, LIMITS, keys)
         except (ConfigError, zmq.ZMQError) as error:
             self._context.destroy(0)
             raise ConfigError(f"cannot listen on {host!r}: {error}") from error
-        return pull
 
     def _run(self) -> None:
         poller = zmq.Poller()
         poller.register(self._pull, zmq.POLLIN)
         poller.register(self._stop_fd, zmq.POLLIN)
+        for socket in self._doorway.sockets:
+            poller.register(socket, zmq.POLLIN)
         tick_s = self._clock.monotonic_s() + TICK_S
         while True:
             wait_s = min(max(tick_s - self._clock.monotonic_s(), 0.0), TICK_S)
@@ -136,6 +151,7 @@ class ControlPlane:
                 return
             if self._pull in events:
                 self._receive()
+            self._doorway.turn(any(socket in events for socket in self._doorway.sockets))
             if self._clock.monotonic_s() >= tick_s:
                 tick_s = self._clock.monotonic_s() + TICK_S
                 self._tick()
@@ -146,9 +162,11 @@ class ControlPlane:
                 part = self._pull.recv(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            wire, is_single = part.bytes, not part.more
+            wire, is_single, num_bytes, num_parts = part.bytes, not part.more, len(part), 1
             while part.more:
                 part = self._pull.recv(zmq.NOBLOCK, copy=False)
+                num_bytes, num_parts = num_bytes + len(part), num_parts + 1
+            self._doorway.took(part, num_bytes, num_parts)
             envelope = _decode(wire) if is_single else None
             if envelope is None:
                 self.malformed += 1
@@ -156,7 +174,9 @@ class ControlPlane:
                 self._call(functools.partial(self._callbacks.on_envelope, envelope))
 
     def _tick(self) -> None:
-        for address in self._peers.take_lost():
+        for address, why in self._peers.take_lost():
+            if why and self._losses.is_due(address + why):
+                _log.warning("the control plane cannot speak to %s: %s", address, why)
             self._call(functools.partial(self._callbacks.on_peer_lost, address))
         self._call(self._callbacks.on_tick)
 
@@ -173,81 +193,3 @@ def _decode(wire: bytes) -> Envelope | None:
         return decode_envelope(wire)
     except (ProtocolError, RecursionError):
         return None
-
-
-class _PeerSockets:
-    """One PUSH socket per address, least lately used first, with its monitor. Every method takes the lock."""
-
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
-        self._context = context
-        self._lock = threading.Lock()
-        self._sockets: collections.OrderedDict[str, tuple[zmq.Socket[bytes], zmq.Socket[bytes]]]
-        self._sockets = collections.OrderedDict()
-        self._is_closed = False
-
-    def send(self, address: str, wire: bytes) -> bool:
-        with self._lock:
-            if self._is_closed:
-                return False
-            try:
-                if address not in self._sockets:
-                    self._open(address)
-                self._sockets.move_to_end(address)
-                self._sockets[address][0].send(wire, zmq.NOBLOCK)
-            except zmq.ZMQError:  # EAGAIN: the queue is full; otherwise the system refuses a socket
-                return False
-        return True
-
-    def take_lost(self) -> list[str]:
-        """Addresses whose connection broke since the last call; their sockets are closed."""
-        with self._lock:
-            lost = [address for address, (_, monitor) in self._sockets.items() if _has_event(monitor)]
-            for address in lost:
-                self._close(address)
-        return lost
-
-    def forget(self, address: str) -> None:
-        with self._lock:
-            if address in self._sockets:
-                self._close(address)
-
-    def close(self) -> bool:
-        """False if it was closed already."""
-        with self._lock:
-            was_closed, self._is_closed = self._is_closed, True
-            for address in list(self._sockets):
-                self._close(address)
-        return not was_closed
-
-    def _open(self, address: str) -> None:
-        while len(self._sockets) >= MAX_PEERS:
-            self._close(next(iter(self._sockets)))
-        push = self._context.socket(zmq.PUSH)
-        try:
-            push.setsockopt(zmq.LINGER, 0)
-            push.setsockopt(zmq.SNDHWM, MAX_QUEUED_MESSAGES)
-            push.setsockopt(zmq.IPV6, int("[" in address))
-            push.setsockopt(zmq.TCP_KEEPALIVE, 1)
-            push.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 5)
-            push.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 2)
-            push.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
-            self._sockets[address] = (push, push.get_monitor_socket(_LOST))
-            push.connect(address)
-        except zmq.ZMQError:
-            if address in self._sockets:
-                self._close(address)
-            push.close(0)
-            raise
-
-    def _close(self, address: str) -> None:
-        push, monitor = self._sockets.pop(address)
-        push.disable_monitor()
-        monitor.close(0)
-        push.close(0)
-
-
-def _has_event(monitor: zmq.Socket[bytes]) -> bool:
-    try:
-        return bool(parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))["event"] & _LOST)
-    except zmq.Again:
-        return False

@@ -9,6 +9,7 @@ is down or restarts is asked again every second.
 from __future__ import annotations
 
 import collections
+import http
 import http.client
 import logging
 import threading
@@ -17,13 +18,18 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from core.clock import SystemClock
 from core.errors import ConfigError
 from core.report import Report
 from core.topology import Heartbeat, InstanceInfo
+from transport.keys import Keys
+from transport.signature import HEADER, sign
 
 HEARTBEAT_INTERVAL_S = 1.0
 REQUEST_TIMEOUT_S = 1.0
 MAX_QUEUED_REPORTS = 10_000
+MAX_ANSWER_BYTES = 4096
+_NO_BEAT = b"{}"
 MAX_REPORTS_PER_HEARTBEAT = 1_000
 
 _log = logging.getLogger(__name__)
@@ -46,15 +52,39 @@ def parse_proxy_url(url: str) -> tuple[str, int]:
     return host, port
 
 
+def check_keys(proxy_url: str, keys: Keys | None) -> None:
+    """Asks a proxy, before a long start, whether it would take our heartbeats. Raises ConfigError if it would not; one
+    that is not there yet cannot tell."""
+    host, port = parse_proxy_url(proxy_url)
+    connection = http.client.HTTPConnection(host, port, timeout=REQUEST_TIMEOUT_S)
+    try:
+        connection.request("POST", "/instances", _NO_BEAT, _headers(keys, _NO_BEAT))
+        response = connection.getresponse()
+        words = response.read(MAX_ANSWER_BYTES).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return
+    finally:
+        connection.close()
+    if response.status == http.HTTPStatus.FORBIDDEN:
+        raise ConfigError(f"the proxy {proxy_url} refuses this instance: {words}")
+
+
+def _headers(keys: Keys | None, body: bytes) -> dict[str, str]:
+    signed = {HEADER: sign(keys, body, SystemClock().unix_s())} if keys is not None else {}
+    return {"Content-Type": "application/json"} | signed
+
+
 class JoinThread:
     """Joins at once, then heartbeats until closed.
 
-    info: called on the thread before each heartbeat; says what the instance is and how loaded it is.
+    info: called on the thread before each heartbeat; says what the instance is and how loaded it is. keys: heartbeats
+    are signed by them.
     """
 
-    def __init__(self, proxy_url: str, info: Callable[[], InstanceInfo]) -> None:
+    def __init__(self, proxy_url: str, info: Callable[[], InstanceInfo], keys: Keys | None = None) -> None:
         self._address = parse_proxy_url(proxy_url)
         self._info = info
+        self._keys = keys
         self._reports: collections.deque[Report] = collections.deque(maxlen=MAX_QUEUED_REPORTS)
         self._wake = threading.Condition()
         self._closing = False
@@ -104,14 +134,14 @@ class JoinThread:
             batch = [self._reports[i] for i in range(min(len(self._reports), MAX_REPORTS_PER_HEARTBEAT))]
             leaving = self._leaving
         try:
-            status = self._post(msgspec.json.encode(Heartbeat(self._info(), batch, leaving)))
+            status, words = self._post(msgspec.json.encode(Heartbeat(self._info(), batch, leaving)))
         except Exception:  # noqa: BLE001 - `info` belongs to the engine; a dead thread would make a live instance look dead
             _log.exception("heartbeat failed")
             return False
         if status is None or status >= 500:
             return False
         if status >= 400:  # the proxy will never take these; keeping them would block every later one
-            _log.warning("proxy %s:%d refused a heartbeat with status %d", *self._address, status)
+            _log.warning("proxy %s:%d refused a heartbeat: %d %s", *self._address, status, words)
         self._forget(batch)
         return status < 400
 
@@ -122,22 +152,26 @@ class JoinThread:
                 if self._reports and self._reports[0] is sent:
                     self._reports.popleft()
 
-    def _post(self, body: bytes) -> int | None:
-        """The answer's status, or None without one. A kept connection that the proxy has closed is renewed once."""
+    def _post(self, body: bytes) -> tuple[int | None, str]:
+        """The answer's status, or None without one, and its words. A kept connection that the proxy has closed is
+        renewed once."""
+        headers = _headers(self._keys, body)
         for _ in range(2):
             fresh = self._connection is None
             if self._connection is None:
                 self._connection = http.client.HTTPConnection(*self._address, timeout=REQUEST_TIMEOUT_S)
             try:
-                self._connection.request("POST", "/instances", body, {"Content-Type": "application/json"})
+                self._connection.request("POST", "/instances", body, headers)
                 response = self._connection.getresponse()
-                response.read()
-                return response.status
+                words = response.read(MAX_ANSWER_BYTES).decode(errors="replace")
+                if not response.isclosed():
+                    self._disconnect()
+                return response.status, words
             except (OSError, http.client.HTTPException) as error:
                 self._disconnect()
                 if fresh or isinstance(error, TimeoutError):
-                    return None
-        return None
+                    return None, ""
+        return None, ""
 
     def _disconnect(self) -> None:
         if self._connection is not None:

@@ -11,14 +11,22 @@ with another protocol or layout is answered clearly instead of being misread.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from core.errors import ProtocolError
-from core.handoff import Peer
+from core.handoff import LONGEST_NAME, Peer
 from core.layout import PROTOCOL_VERSION, KVLayout
+from transport.runs import MAX_RANKS
 
 MAX_MESSAGE_BYTES = 4 << 20
 """A control message larger than this is dropped unread (an Accept for one million tokens is under 1 MB)."""
+
+MAX_SCHEMES = 32
+
+_Id = Annotated[str, msgspec.Meta(max_length=LONGEST_NAME)]
+_Schemes = Annotated[list[tuple[str, bytes]], msgspec.Meta(max_length=MAX_SCHEMES)]
 
 
 class Accept(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -32,13 +40,13 @@ class Accept(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     full_digest: whether every byte counts in the digest, or a few cache lines of every block.
     """
 
-    handoff: str
+    handoff: _Id
     num_prompt_tokens: int
     prompt_hash: bytes
     first_block: int
     block_ids: list[int]
     num_tokens: int
-    schemes: list[list[tuple[str, bytes]]]
+    schemes: Annotated[list[_Schemes], msgspec.Meta(max_length=MAX_RANKS)]
     full_digest: bool
     timeout_s: float
     num_senders: int = 1
@@ -47,27 +55,27 @@ class Accept(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
 class Decline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """D needs nothing from P for this request."""
 
-    handoff: str
+    handoff: _Id
     why: str
 
 
 class Cancel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """D gives up (client gone, deadline): P must stop writing and answer Cancelled."""
 
-    handoff: str
+    handoff: _Id
     why: str
 
 
 class Cancelled(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """P will not write for this hand-off any more: D may reuse the blocks."""
 
-    handoff: str
+    handoff: _Id
 
 
 class Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """P never wrote and will not. `layout` is P's own where the layouts differ."""
 
-    handoff: str
+    handoff: _Id
     why: str
     layout: KVLayout | None = None
 
@@ -75,7 +83,7 @@ class Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True)
 class Failed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """P gave up, perhaps after writing; no write can follow any more."""
 
-    handoff: str
+    handoff: _Id
     why: str
 
 
@@ -93,10 +101,10 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Landed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """Every byte is in place."""
 
-    handoff: str
+    handoff: _Id
     num_tokens: int
     num_bytes: int
-    parts: list[Part]
+    parts: Annotated[list[Part], msgspec.Meta(max_length=2 * MAX_RANKS)]
     moving_unix_s: float
     last_layer_unix_s: float
 
@@ -110,7 +118,7 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True):
     protocol: int
     fingerprint: str
     sender: Peer
-    handoff: str
+    handoff: _Id
     body: msgspec.Raw
 
 

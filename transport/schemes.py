@@ -1,7 +1,8 @@
 """Every transport by its scheme: imported when it is asked for, so that a missing library costs that scheme alone.
 
 A transport's module offers three functions: `make(host)`, `unavailable()` (why it cannot run here, empty if it can),
-`is_reachable(description)` (whether a peer's description may be connected to from here, without trying).
+`is_reachable(description)` (whether a peer's description may be connected to from here, without trying). One whose
+bytes travel over a network also has `make_encrypted(host, keys)`, or is refused where the cluster has keys.
 
 Memory and threading: none of its own.
 """
@@ -13,13 +14,17 @@ from typing import Protocol, cast
 
 from core.errors import ConfigError
 from transport.base import Transport
+from transport.keys import Keys
 
 _MODULES = {
     "shm": "transport.shm",
     "zmq": "transport.zmq_tcp",
+    "cuda_ipc": "transport.cuda_ipc",
     "inproc": "transport.inproc",
 }
 SCHEMES = tuple(_MODULES)
+OFF_THE_WIRE = frozenset({"shm", "cuda_ipc", "inproc"})
+"""Nothing of these leaves the host's memory, so there is nothing to encrypt."""
 
 
 class _Module(Protocol):
@@ -30,19 +35,26 @@ class _Module(Protocol):
     def is_reachable(self, description: bytes) -> bool: ...
 
 
-def make_transport(scheme: str, host: str) -> Transport:
-    """A transport by name. host: the address under which peers reach this machine, where that matters. Raises
-    ConfigError if there is none of that name, or it cannot run here."""
+def make_transport(scheme: str, host: str, keys: Keys | None = None) -> Transport:
+    """A transport by name. host: the address under which peers reach this machine, where that matters. keys: what
+    leaves this host is encrypted. Raises ConfigError if there is none of that name, or it cannot run here."""
     module = _module(scheme)
-    why = module.unavailable()
+    why = unavailable(scheme, has_keys=keys is not None)
     if why:
         raise ConfigError(f"transport {scheme!r} is not available here: {why}")
-    return module.make(host)
+    if keys is None or scheme in OFF_THE_WIRE:
+        return module.make(host)
+    made: Transport = module.make_encrypted(host, keys)  # type: ignore[attr-defined]
+    return made
 
 
-def unavailable(scheme: str) -> str:
-    """Why a scheme cannot run here; empty if it can. Raises ConfigError if there is none of that name."""
-    return _module(scheme).unavailable()
+def unavailable(scheme: str, *, has_keys: bool = False) -> str:
+    """Why a scheme cannot run here; empty if it can. has_keys: it must be encrypted, or stay in this host's memory.
+    Raises ConfigError if there is none of that name."""
+    module = _module(scheme)
+    if has_keys and scheme not in OFF_THE_WIRE and not hasattr(module, "make_encrypted"):
+        return "it cannot be encrypted, and the cluster has keys: use zmq or shm, or leave out --keys"
+    return module.unavailable()
 
 
 def is_reachable(scheme: str, description: bytes) -> bool:

@@ -21,7 +21,7 @@ from transport.landing import expected_positions
 from transport.mapping import Mapping, make_memfd
 from transport.regions import check_region, check_words
 from transport.shm_endpoint import ShmEndpoint
-from transport.shm_listener import Letterbox, ShmLanding, ShmListener
+from transport.shm_listener import Greeting, Letterbox, ShmLanding, ShmListener
 from transport.shm_wire import (
     MAX_MEMORIES,
     RegionInMemory,
@@ -88,7 +88,7 @@ class ShmTransport:
     def describe(self) -> bytes:
         self._check_open()
         if self._listener is None:
-            self._listener = ShmListener(self._box, lambda: self._memfds)
+            self._listener = ShmListener(self._box, lambda: Greeting(b"baton", self._memfds))
         regions = [placed for region in self._regions.values() if (placed := self._place(region)) is not None]
         sizes = [memory.num_bytes for memory in self._memories]
         return encode_description(ShmDescription(host_id(), os.getuid(), self._listener.name, sizes, regions))
@@ -100,7 +100,7 @@ class ShmTransport:
             raise TransferError("the peer's memory is on another host, or in another container")
         if parsed.uid != os.getuid():
             raise TransferError(f"the peer runs as user {parsed.uid}, we as {os.getuid()}")
-        return ShmEndpoint(self._regions, parsed)
+        return ShmEndpoint(self._regions, parsed, self._listener)
 
     def expect(self, tag: str, blocks: Sequence[Blocks]) -> ShmLanding:
         check_words(tag, None)

@@ -5,7 +5,8 @@
 Memory model: no copy runs but under the endpoint's lock, and `close` unmaps under the same lock.
 Threading: a short-lived thread connects and then carries out the writes that waited for it. Afterwards a write is
 carried out within `write`, which hears of an owner that is gone only where it says something to it (the opening and
-the notice); `poll` and `failure` ask. Only where the owner does not empty its socket does a write wait, for `poll`.
+the notice); `poll` and `failure` ask, and the transport's listener tells at once, so that the memory of a dead owner is
+not kept. Only where the owner does not empty its socket does a write wait, for `poll`.
 """
 
 from __future__ import annotations
@@ -13,35 +14,22 @@ from __future__ import annotations
 import collections
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from core.errors import TransferError
 from transport.base import Blocks, Region, TransferState
-from transport.regions import Span, check_pairing, check_words, copy_pairs, resolve
+from transport.order import Order, order_read, order_write
+from transport.regions import copy_pairs
 from transport.shm_link import ShmLink
-from transport.shm_wire import Finished, Opening, ShmDescription
-
-MAX_TAGS_REMEMBERED = 4096
-
-
-@dataclass(frozen=True)
-class _Copy:
-    """What one transfer does. Remote spans count from address 0 until the memory is mapped."""
-
-    local: Span
-    local_ids: tuple[int, ...]
-    remote: Span
-    remote_ids: tuple[int, ...]
-    tag: str | None = None
-    notice: bytes | None = None
+from transport.shm_listener import ShmListener
+from transport.shm_wire import Finished, ShmDescription
 
 
 class ShmTransfer:
     """One copy. Its state is changed by its endpoint alone, under the endpoint's lock."""
 
-    def __init__(self, endpoint: ShmEndpoint, copy: _Copy) -> None:
+    def __init__(self, endpoint: ShmEndpoint, order: Order) -> None:
         self._endpoint = endpoint
-        self.copy = copy
+        self.order = order
         self.is_copied = False
         self.state = TransferState.RUNNING
         self.why_failed = ""
@@ -64,31 +52,27 @@ class ShmTransfer:
 
 
 class ShmEndpoint:
-    """One owner's memory. `regions` is the transport's table of our own regions."""
+    """One owner's memory. `regions` is the transport's table of our own regions; its listener, where it has one, tells
+    at once of an owner that is gone, so that its memory is not kept."""
 
-    def __init__(self, regions: Mapping[int, Region], description: ShmDescription) -> None:
+    def __init__(
+        self, regions: Mapping[int, Region], description: ShmDescription, listener: ShmListener | None = None
+    ) -> None:
         self._regions = regions
         self._remote = {region.id: region.at(0) for region in description.regions}
+        self._listener = listener
         self._lock = threading.Lock()
         self._link: ShmLink | None = None
         self._is_ready = False
         self._waiting: collections.deque[ShmTransfer] = collections.deque()
-        self._opened: collections.OrderedDict[str, None] = collections.OrderedDict()
         self._why_failed = ""
         threading.Thread(target=self._connect, args=(description,), name="baton-shm-connect", daemon=True).start()
 
     def write(self, tag: str, local: Blocks, remote: Blocks, notice: bytes | None = None) -> ShmTransfer:
-        check_words(tag, notice)
-        source = resolve(self._regions, local, "local")
-        target = resolve(self._remote, remote, "remote")
-        check_pairing(local, source, remote, target)
-        return self._start(_Copy(source, local.ids, target, remote.ids, tag, notice))
+        return self._start(order_write(self._regions, self._remote, tag, local, remote, notice))
 
     def read(self, remote: Blocks, local: Blocks) -> ShmTransfer:
-        source = resolve(self._remote, remote, "remote")
-        target = resolve(self._regions, local, "local")
-        check_pairing(local, target, remote, source)
-        return self._start(_Copy(target, local.ids, source, remote.ids))
+        return self._start(order_read(self._regions, self._remote, remote, local))
 
     def failure(self) -> str:
         self.advance()
@@ -102,7 +86,7 @@ class ShmEndpoint:
         with self._lock:
             if not self._is_ready or self._link is None:
                 return
-            if self._link.is_alive():
+            if self._link.owner.is_alive():
                 self._advance(self._link)
             else:
                 self._end("the peer hung up")
@@ -112,8 +96,8 @@ class ShmEndpoint:
         with self._lock:
             transfer.fail("cancelled")
 
-    def _start(self, copy: _Copy) -> ShmTransfer:
-        transfer = ShmTransfer(self, copy)
+    def _start(self, order: Order) -> ShmTransfer:
+        transfer = ShmTransfer(self, order)
         with self._lock:
             if self._why_failed:
                 transfer.fail(self._why_failed)
@@ -135,6 +119,8 @@ class ShmEndpoint:
                 link.close()
                 return
             self._link = link
+            if self._listener is not None:
+                self._listener.watch(link.owner.fd, self._hung_up)
         while not self._drain_one(link):
             pass
 
@@ -167,27 +153,18 @@ class ShmEndpoint:
         return True
 
     def _carry_out(self, link: ShmLink, transfer: ShmTransfer) -> bool:
-        copy = transfer.copy
-        remote = copy.remote._replace(region=link.regions[copy.remote.region.id])
-        if copy.tag is None:
-            copy_pairs(remote, copy.remote_ids, copy.local, copy.local_ids)
-            return True
-        if not self._open(link, copy.tag):
+        order = transfer.order.aimed(link.regions)
+        if order.tag is not None and not link.owner.announce(order.tag):
             return False
         if not transfer.is_copied:
-            copy_pairs(copy.local, copy.local_ids, remote, copy.remote_ids)
+            copy_pairs(*order.source, *order.target)
             transfer.is_copied = True
-        return copy.notice is None or link.send(Finished(copy.tag, copy.notice))
+        if order.tag is None or order.notice is None:
+            return True
+        return link.owner.send(Finished(order.tag, order.notice))
 
-    def _open(self, link: ShmLink, tag: str) -> bool:
-        """Tells the owner who writes under this tag, before the first byte: its fence if we die."""
-        if tag not in self._opened:
-            if not link.send(Opening(tag)):
-                return False
-            self._opened[tag] = None
-            if len(self._opened) > MAX_TAGS_REMEMBERED:
-                self._opened.popitem(last=False)
-        return True
+    def _hung_up(self) -> None:
+        self._fail("the peer hung up")
 
     def _fail(self, why: str) -> None:
         with self._lock:
@@ -200,5 +177,7 @@ class ShmEndpoint:
             transfer.fail(self._why_failed)
         self._waiting.clear()
         if self._link is not None:
+            if self._listener is not None:
+                self._listener.unwatch(self._link.owner.fd)
             self._link.close()
             self._link = None

@@ -1,15 +1,17 @@
-"""The owner's side of the shm transport: hands out the memfds, and hears who writes under which tag.
+"""The owner's side of memory shared on one host (shm, cuda_ipc): greets connectors, hears who writes under which tag.
 
     abstract socket ──▶ Writer (one per connection: its tags, whether it has hung up) ──▶ ShmLanding (one per tag)
 
 Memory model: landings are held by whoever opened them and only weakly here, so that a closed landing still learns
 that its writer has hung up. Words for tags without a landing wait, bounded, until `expect` asks for them.
-Threading: one thread runs `_Listener.run`; `Letterbox`'s lock guards what it shares with the engine's thread.
+Threading: one thread runs `_Listener.run`; `Letterbox`'s lock guards what it shares with the engine's thread. It also
+watches the connections that this process has made to other owners, so that a dead owner's memory is let go at once.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import secrets
 import select
@@ -18,6 +20,7 @@ import struct
 import threading
 import weakref
 from collections.abc import Callable
+from typing import NamedTuple
 
 from core.errors import TransferError
 from transport.landing import MAX_NOTICES
@@ -28,6 +31,13 @@ MAX_EARLY_TAGS = 1024
 MAX_EARLY_PACKETS = 16
 PACKETS_PER_TURN = 64
 _PEER_CREDENTIALS = struct.Struct("3i")
+
+
+class Greeting(NamedTuple):
+    """What a connector gets first: a word, and descriptors if the memory has any."""
+
+    word: bytes
+    fds: list[int]
 
 
 class Writer:
@@ -120,12 +130,13 @@ class Letterbox:
 
 
 class ShmListener:
-    """Listens on an abstract socket from construction until `close`. `memfds` is asked at each connection."""
+    """Listens on an abstract socket from construction until `close`. `greet` is asked at each connection."""
 
-    def __init__(self, box: Letterbox, memfds: Callable[[], list[int]]) -> None:
+    def __init__(self, box: Letterbox, greet: Callable[[], Greeting]) -> None:
         self._box = box
-        self._memfds = memfds
+        self._greet = greet
         self._writers: dict[int, Writer] = {}
+        self._watched: dict[int, Callable[[], object]] = {}
         self.malformed = 0
         self.name = f"baton-{secrets.token_hex(16)}"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -140,6 +151,19 @@ class ShmListener:
         self._pause.register(self._stop_fd, select.POLLIN)
         self._thread = threading.Thread(target=self._run, name="baton-shm", daemon=True)
         self._thread.start()
+
+    def watch(self, fd: int, on_hang_up: Callable[[], object]) -> None:
+        """Calls once, on the thread, when the other end of a connection of ours has hung up, unless `unwatch` comes
+        before the connection is closed here."""
+        self._watched[fd] = on_hang_up
+        with contextlib.suppress(OSError, ValueError):  # the listener is closed
+            self._epoll.register(fd, select.EPOLLRDHUP | select.EPOLLONESHOT)
+
+    def unwatch(self, fd: int) -> None:
+        """See `watch`."""
+        self._watched.pop(fd, None)
+        with contextlib.suppress(OSError, ValueError):
+            self._epoll.unregister(fd)
 
     def close(self) -> None:
         """Hangs up on everyone. Mappings that peers hold stay with them."""
@@ -159,8 +183,10 @@ class ShmListener:
                     return
                 if fd == self._socket.fileno():
                     self._accept()
-                else:
+                elif fd in self._writers:
                     self._hear(self._writers[fd], bool(events & select.EPOLLHUP))
+                elif (on_hang_up := self._watched.pop(fd, None)) is not None:
+                    on_hang_up()
 
     def _accept(self) -> None:
         try:
@@ -175,7 +201,8 @@ class ShmListener:
             connection.close()
             return
         try:
-            socket.send_fds(connection, [b"baton"], self._memfds())
+            greeting = self._greet()
+            socket.send_fds(connection, [greeting.word], greeting.fds)
         except OSError:
             connection.close()
             return
@@ -210,8 +237,18 @@ class ShmListener:
             writer.has_hung_up = True
 
 
+def peer_pid(connection: socket.socket) -> int:
+    """The process that holds the other end (that listened, where we connected); 0 in another process namespace."""
+    return _credentials(connection)[0]
+
+
 def peer_uid(connection: socket.socket) -> int:
     """The user who holds the other end."""
+    return _credentials(connection)[1]
+
+
+def _credentials(connection: socket.socket) -> tuple[int, int, int]:
+    """Process, user and group."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
-    uid = _PEER_CREDENTIALS.unpack(credentials)[1]
-    return int(uid)
+    pid, uid, gid = _PEER_CREDENTIALS.unpack(credentials)
+    return pid, uid, gid

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -100,14 +101,19 @@ def decode_description(wire: bytes) -> ShmDescription:
         description = _DESCRIPTION.decode(wire)
     except _BAD_INPUT as error:
         raise TransferError(f"not an shm description: {error}") from error
-    if len({region.id for region in description.regions}) != len(description.regions):
-        raise TransferError("an shm description names a region twice")
-    for region in description.regions:
+    check_places(description.memories, description.regions)
+    return description
+
+
+def check_places(memories: Sequence[int], regions: Sequence[RegionInMemory]) -> None:
+    """Raises TransferError if a region is named twice or lies outside its memory."""
+    if len({region.id for region in regions}) != len(regions):
+        raise TransferError("a description names a region twice")
+    for region in regions:
         check_region(region.at(0))
         end = region.offset + (region.num_blocks - 1) * region.stride + region.block_bytes
-        if region.memory >= len(description.memories) or end > description.memories[region.memory]:
+        if region.memory >= len(memories) or end > memories[region.memory]:
             raise TransferError(f"region {region.id} lies outside the described memory")
-    return description
 
 
 def is_reachable(wire: bytes) -> bool:

@@ -12,17 +12,18 @@ they only append to deques and read what changes once (`Work.state`, `why_failed
 from __future__ import annotations
 
 import collections
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
+from transport.keys import Keys
+from transport.zmq_line import ZmqLine
 from transport.zmq_transfer import ZmqTransfer, payload_bytes
 from transport.zmq_wire import (
     MAX_FRAMES_IN_FLIGHT,
-    MAX_PART_BYTES,
     WINDOW_BYTES,
     Ack,
     Answer,
@@ -39,13 +40,9 @@ CONNECT_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 2.0
 MESSAGES_PER_TURN = 64
 FRAME_COST_BYTES = 512
-_LOST = (
-    zmq.EVENT_DISCONNECTED
-    | zmq.EVENT_CLOSED
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-)
+ANSWER_TIMEOUT_S = 10.0
+"""A receiver answers within milliseconds, early frames within two seconds; one that says nothing for so long while
+frames are under way is gone, whatever the connection between us pretends."""
 
 
 class _Sent(NamedTuple):
@@ -94,40 +91,17 @@ class ZmqLink:
 
     # The I/O thread.
 
-    def open(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    def open(self, context: zmq.Context[zmq.Socket[bytes]], keys: Keys | None) -> None:
         """Begins to connect. Raises zmq.ZMQError where the system refuses a socket."""
-        self.socket = context.socket(zmq.DEALER)
-        for option, value in (
-            (zmq.LINGER, 0),
-            (zmq.RECONNECT_IVL, -1),
-            (zmq.MAXMSGSIZE, MAX_PART_BYTES),
-            (zmq.SNDHWM, 4 * MAX_FRAMES_IN_FLIGHT),
-            (zmq.RCVHWM, 4 * MAX_FRAMES_IN_FLIGHT),
-            (zmq.TCP_KEEPALIVE, 1),
-            (zmq.TCP_KEEPALIVE_IDLE, 5),
-            (zmq.TCP_KEEPALIVE_INTVL, 2),
-            (zmq.TCP_KEEPALIVE_CNT, 3),
-            (zmq.IPV6, int("[" in self._description.address)),
-        ):
-            self.socket.setsockopt(option, value)
-        self.monitor = self.socket.get_monitor_socket(_LOST)
-        self.socket.connect(self._description.address)
-        self.socket.send(encode(Hello(self._description.token)), zmq.NOBLOCK)
-
-    def is_connecting(self) -> bool:
-        """Whether the connection has a deadline still."""
-        return not self._is_welcome and not self.why_failed
+        self.line = ZmqLine(context, self._description.address, keys)
+        with contextlib.suppress(zmq.Again):  # refused already: the line will say why
+            self.line.socket.send(encode(Hello(self._description.token)), zmq.NOBLOCK)
 
     def turn(self, now_s: float, is_readable: bool, is_monitored: bool) -> bool:
         """Does what can be done now; False once the link is over."""
         if is_readable:
             self._receive()
-        if is_monitored:
-            self._watch()
-        if self._is_closing.is_set():
-            self.fail("the endpoint is closed")
-        elif not self._is_welcome and now_s > self._deadline_s:
-            self.fail(f"no answer from {self._description.address} within {CONNECT_TIMEOUT_S:.0f} s")
+        self._watch(now_s, is_monitored, is_heard=is_readable)
         self._take_cancelled()
         if self.why_failed:
             return False
@@ -146,21 +120,22 @@ class ZmqLink:
 
     def shut(self) -> None:
         """Closes the sockets."""
-        if hasattr(self, "monitor"):
-            self.socket.disable_monitor()
-            self.monitor.close(0)
-        if hasattr(self, "socket"):
-            self.socket.close(0)
+        if hasattr(self, "line"):
+            self.line.close()
         self._is_over.set()
 
-    def _watch(self) -> None:
-        try:
-            event = parse_monitor_message(self.monitor.recv_multipart(zmq.NOBLOCK))
-        except zmq.Again:
-            return
-        if event["event"] & _LOST:
-            lost = "lost the connection to" if self._is_welcome else "cannot connect to"
-            self.fail(f"{lost} {self._description.address}")
+    def _watch(self, now_s: float, is_monitored: bool, *, is_heard: bool) -> None:
+        address, why = self._description.address, self.line.why_ended(now_s, is_monitored)
+        if self._is_closing.is_set():
+            self.fail("the endpoint is closed")
+        elif why is not None:
+            self.fail(
+                f"{'lost the connection to' if self._is_welcome else 'cannot connect to'} {address}{why and ': '}{why}"
+            )
+        elif not self._is_welcome and now_s > self._deadline_s:
+            self.fail(f"no answer from {address} within {CONNECT_TIMEOUT_S:.0f} s")
+        elif self._window.is_overdue(now_s, is_heard=is_heard):
+            self.fail(f"{address} has answered nothing for {ANSWER_TIMEOUT_S:.0f} s, with writes under way")
 
     def _take_cancelled(self) -> None:
         while self._cancelled:
@@ -175,13 +150,13 @@ class ZmqLink:
                 transfer.end_if_answered()
                 continue
             piece, parts = frame
-            self.socket.send_multipart(parts, zmq.NOBLOCK, copy=False)
+            self.line.socket.send_multipart(parts, zmq.NOBLOCK, copy=False)
             self._window.add(_Sent(transfer, piece, FRAME_COST_BYTES + (payload_bytes(piece) if piece else 0)))
 
     def _receive(self) -> None:
         for _ in range(MESSAGES_PER_TURN):
             try:
-                header, *payload = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                header, *payload = self.line.receive()
             except zmq.Again:
                 return
             if not self._handle(header, payload):
@@ -225,9 +200,16 @@ class _Window:
         self.frames: dict[int, _Sent] = {}
         self.next_number = 0
         self._num_bytes = 0
+        self._heard_s = 0.0
 
     def is_full(self) -> bool:
         return self._num_bytes >= WINDOW_BYTES or len(self.frames) >= MAX_FRAMES_IN_FLIGHT
+
+    def is_overdue(self, now_s: float, *, is_heard: bool) -> bool:
+        """Whether frames have been under way for too long without a word. is_heard: there was one just now."""
+        if is_heard or not self.frames:
+            self._heard_s = now_s
+        return now_s - self._heard_s > ANSWER_TIMEOUT_S
 
     def add(self, sent: _Sent) -> None:
         self.frames[self.next_number] = sent

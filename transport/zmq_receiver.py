@@ -19,6 +19,7 @@ import zmq
 
 from core.errors import TransferError
 from transport.base import Blocks, Region
+from transport.doorway import Doorway
 from transport.landing import Inbox
 from transport.regions import resolve
 from transport.zmq_transfer import gather, scatter
@@ -61,8 +62,9 @@ class _Parked(NamedTuple):
 class ZmqReceiver:
     """Everything that arrives at one ROUTER."""
 
-    def __init__(self, router: zmq.Socket[bytes], token: str, regions: Mapping[int, Region], inbox: Inbox) -> None:
-        self._router = router
+    def __init__(self, doorway: Doorway, token: str, regions: Mapping[int, Region], inbox: Inbox) -> None:
+        self._doorway = doorway
+        self._router = doorway.listener
         self._token = token.encode()
         self._regions = regions
         self._inbox = inbox
@@ -97,10 +99,14 @@ class ZmqReceiver:
         except zmq.Again:
             return None
         parts.append(part)
+        num_bytes, num_parts = 0, 0
         while part.more:
             part = self._router.recv(zmq.NOBLOCK, copy=False)
+            num_bytes, num_parts = num_bytes + len(part), num_parts + 1
             if len(parts) < 4:
                 parts.append(part)
+        if num_parts:  # the first part is the connection's name, which did not come over the line
+            self._doorway.took(part, num_bytes, num_parts)
         return parts
 
     def _handle(self, parts: list[zmq.Frame], now_s: float) -> bool:

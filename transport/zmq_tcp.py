@@ -4,7 +4,7 @@
     write ──▶ queue ─── eventfd ───▶ ZmqLink: DEALER per peer ──▶ ZmqReceiver: ROUTER ──▶ landing, own regions
 
 Memory model: any memory will do, as long as it stays mapped until `close`. At most WINDOW_BYTES per peer are under
-way; the rest of a write is only block numbers in a queue.
+way; the rest of a write is only block numbers in a queue. What strangers send is bounded by the doorway's limits.
 Threading: one I/O thread per transport, which never waits for a single peer; a stopped peer fills its own window and
 nothing else. A transfer is DONE only when the receiver has said that its bytes are in place. The fence is the
 receiver's `Landing.close`, or the end of every transfer; frames under way when an endpoint is closed may still land.
@@ -18,6 +18,7 @@ import os
 import secrets
 import threading
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import zmq
 
@@ -25,6 +26,9 @@ from core.clock import Clock, SystemClock
 from core.errors import ConfigError, TransferError
 from transport.address import bind_address
 from transport.base import Blocks, Memory, Region
+from transport.doorway import CHECK_MS, Doorway
+from transport.intake import IntakeLimits
+from transport.keys import Keys
 from transport.landing import CountedLanding, Inbox
 from transport.regions import check_pairing, check_region, check_words, resolve
 from transport.zmq_link import CONNECT_TIMEOUT_S, ZmqLink
@@ -33,6 +37,7 @@ from transport.zmq_transfer import Task, ZmqTransfer
 from transport.zmq_wire import (
     MAX_FRAMES_IN_FLIGHT,
     MAX_PART_BYTES,
+    WINDOW_BYTES,
     RegionShape,
     ZmqDescription,
     decode_description,
@@ -40,13 +45,18 @@ from transport.zmq_wire import (
     shape_region,
 )
 
-DEADLINE_CHECK_MS = 100
+LIMITS = IntakeLimits(connection_bytes=4 * WINDOW_BYTES, total_bytes=64 * WINDOW_BYTES)
 _log = logging.getLogger(__name__)
 
 
 def make(host: str) -> ZmqTransport:
     """See transport/schemes.py. Raises ConfigError if the host is not ours."""
     return ZmqTransport(host)
+
+
+def make_encrypted(host: str, keys: Keys) -> ZmqTransport:
+    """The same, for holders of the keys alone."""
+    return ZmqTransport(host, keys=keys)
 
 
 def unavailable() -> str:
@@ -60,15 +70,16 @@ def is_reachable(description: bytes) -> bool:
 
 
 class ZmqTransport:
-    """See transport/base.py. `host`: an address of this machine that peers can reach."""
+    """See transport/base.py. `host`: an address of this machine that peers can reach. keys: of the cluster; None:
+    nothing is encrypted."""
 
-    def __init__(self, host: str, clock: Clock | None = None) -> None:
+    def __init__(self, host: str, clock: Clock | None = None, keys: Keys | None = None) -> None:
         self.scheme = "zmq"
         self._clock = clock or SystemClock()
         self._regions: dict[int, Region] = {}
         self._inbox = Inbox()
         self._token = secrets.token_hex(16)
-        self._io = _IoThread(host, self._token, self._regions, self._inbox, self._clock)
+        self._io = _IoThread(_Place(host, keys), self._token, self._regions, self._inbox, self._clock)
 
     @property
     def malformed(self) -> int:
@@ -138,25 +149,37 @@ class ZmqEndpoint:
         return transfer
 
 
+class _Place(NamedTuple):
+    """Where a transport listens, and to whom."""
+
+    host: str
+    keys: Keys | None
+
+
 class _IoThread:
     """Owns the sockets of one transport."""
 
-    def __init__(self, host: str, token: str, regions: dict[int, Region], inbox: Inbox, clock: Clock) -> None:
+    def __init__(self, place: _Place, token: str, regions: dict[int, Region], inbox: Inbox, clock: Clock) -> None:
         self._clock = clock
+        self._keys = place.keys
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 1 << 14)
         try:
-            self._router = _bind_router(self._context, host)
+            self._doorway = _bind_router(self._context, place)
         except ConfigError:
             self._context.destroy(0)
             raise
-        self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._receiver = ZmqReceiver(self._router, token, regions, inbox)
+        self._receiver = ZmqReceiver(self._doorway, token, regions, inbox)
         self._links: list[ZmqLink] = []
         self._new_links: collections.deque[ZmqLink] = collections.deque()
         self._doorbell = _Doorbell()
         self._thread = threading.Thread(target=self._run, name="baton-zmq", daemon=True)
         self._thread.start()
+
+    @property
+    def address(self) -> str:
+        """Where peers connect to."""
+        return self._doorway.address
 
     def is_open(self) -> bool:
         return not self._doorbell.is_closed
@@ -181,11 +204,12 @@ class _IoThread:
 
     def _run(self) -> None:
         poller = zmq.Poller()
-        poller.register(self._router, zmq.POLLIN)
+        for socket in (self._doorway.listener, *self._doorway.sockets):
+            poller.register(socket, zmq.POLLIN)
         poller.register(self._doorbell.fd, zmq.POLLIN)
         while self.is_open():
-            is_timed = self._receiver.is_waiting() or any(link.is_connecting() for link in self._links)
-            events = dict(poller.poll(DEADLINE_CHECK_MS if is_timed else None))
+            is_timed = self._receiver.is_waiting() or self._doorway.has_callers or bool(self._links)
+            events = dict(poller.poll(CHECK_MS if is_timed else None))
             self._doorbell.answer()
             try:
                 self._turn(poller, events)
@@ -194,30 +218,31 @@ class _IoThread:
         for link in [*self._links, *self._new_links]:
             link.fail("the transport is closed")
             link.shut()
-        self._router.close(0)
+        self._doorway.close()
         self._context.destroy(0)
 
     def _turn(self, poller: zmq.Poller, events: dict[object, int]) -> None:
         now_s = self._clock.monotonic_s()
         while self._new_links:
             self._open(poller, self._new_links.popleft())
-        self._receiver.turn(now_s, self._router in events)
+        self._receiver.turn(now_s, self._doorway.listener in events)
+        self._doorway.turn(any(socket in events for socket in self._doorway.sockets))
         for link in list(self._links):
             if not _turn_link(link, now_s, events):
-                poller.unregister(link.socket)
-                poller.unregister(link.monitor)
+                poller.unregister(link.line.socket)
+                poller.unregister(link.line.monitor.socket)
                 self._links.remove(link)
                 link.shut()
 
     def _open(self, poller: zmq.Poller, link: ZmqLink) -> None:
         try:
-            link.open(self._context)
+            link.open(self._context, self._keys)
         except zmq.ZMQError as error:
             link.fail(f"cannot open a connection: {error}")
             link.shut()
             return
-        poller.register(link.socket, zmq.POLLIN)
-        poller.register(link.monitor, zmq.POLLIN)
+        poller.register(link.line.socket, zmq.POLLIN)
+        poller.register(link.line.monitor.socket, zmq.POLLIN)
         self._links.append(link)
 
 
@@ -254,15 +279,15 @@ class _Doorbell:
 def _turn_link(link: ZmqLink, now_s: float, events: dict[object, int]) -> bool:
     """False once the link is over; a link whose socket fails is."""
     try:
-        return link.turn(now_s, link.socket in events, link.monitor in events)
+        return link.turn(now_s, link.line.socket in events, link.line.monitor.socket in events)
     except zmq.ZMQError as error:
         link.fail(f"the connection failed: {error}")
         return False
 
 
-def _bind_router(context: zmq.Context[zmq.Socket[bytes]], host: str) -> zmq.Socket[bytes]:
+def _bind_router(context: zmq.Context[zmq.Socket[bytes]], place: _Place) -> Doorway:
     """Raises ConfigError if the host is not ours."""
-    address = bind_address(host)
+    address = bind_address(place.host)
     router = context.socket(zmq.ROUTER)
     for option, value in (
         (zmq.LINGER, 0),
@@ -274,8 +299,6 @@ def _bind_router(context: zmq.Context[zmq.Socket[bytes]], host: str) -> zmq.Sock
     ):
         router.setsockopt(option, value)
     try:
-        router.bind(address)
+        return Doorway(context, router, address, LIMITS, place.keys)
     except zmq.ZMQError as error:
-        router.close(0)
-        raise ConfigError(f"cannot listen on {host!r}: {error}") from error
-    return router
+        raise ConfigError(f"cannot listen on {place.host!r}: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -41,6 +42,10 @@ def baton(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["instance", "--role", "prefill", "--join", "proxy:80"], "http://HOST:PORT"),
         (["demo", "--fast"], "unknown argument '--fast'"),
         (["bench", "nothing"], "handoff"),
+        (["keys"], "PATH"),
+        (["keys", "/"], "is there already and is kept"),
+        (["serve", "1P1D", "--keys", "/no/such/file"], "make one with: baton keys /no/such/file"),
+        (["instance", "--role", "decode", "--join", "http://h:1", "--keys", "/"], "key file /: Is a directory"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_exit_code_2(arguments: list[str], said: str) -> None:
@@ -50,6 +55,25 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2(arguments: list[str], 
     assert result.stderr.startswith("baton: ")
     assert len(result.stderr.splitlines()) == 1
     assert result.stdout == ""
+
+
+def test_keys_are_made_once_and_never_shown(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    result = baton("keys", str(path))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""
+    assert f"--keys {path}" in result.stderr
+    secrets = re.findall(r'"(?:public|secret)": "(.+)"', path.read_text())
+    assert len(secrets) == 4
+    assert not any(secret in result.stderr for secret in secrets)
+    path.chmod(0o644)
+    refused = baton("serve", "1P1D", "--keys", str(path))
+    assert refused.returncode == 2
+    assert f"chmod 600 {path}" in refused.stderr
+    path.chmod(0o600)
+    peers = baton("serve", "1P1D", "--keys", str(path), "--cache", "1GiB,listen=127.0.0.1:7600")
+    assert peers.returncode == 2
+    assert "leave these words out of --cache" in peers.stderr
 
 
 def test_a_used_port_is_one_line_and_exit_code_2() -> None:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import requests
 
@@ -24,6 +25,7 @@ from cluster.ports import free_ports
 from cluster.processes import living_groups, signal_group
 from tests.engine.client import ask, record
 from tests.engine.prompts import token_prompt
+from tests.engine.test_keys import listening
 from tests.poll import until
 from tests.readme import ROOT, commands
 
@@ -68,6 +70,10 @@ def test_the_readmes_lines_by_hand(plain: Cluster, tmp_path: Path) -> None:
         running(join, tmp_path / "join.log", str(cores[-1])) as joined,
     ):
         until(lambda: _num_ready(url) == 2, 240, f"both to be ready; logs in {tmp_path}")
+        descendants = [child.pid for child in psutil.Process(joined.pid).children(recursive=True)]
+        bound = {each for pid in (joined.pid, *descendants) for each in listening(pid)}
+        assert len(bound) >= 3, "HTTP, control and zmq"
+        assert {host for host, _ in bound} == {"127.0.0.1"}, bound
         request = {"prompt": token_prompt(900, 95_000), "max_tokens": 8, "ignore_eos": True}
         answer = ask(url, request)
         entry = record(url, answer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -11,6 +12,7 @@ from core.clock import ManualClock
 from core.handoff import Handoff
 from core.layout import KVLayout
 from decode.admission import Limits
+from prefill.outgoing import MAX_EARLY_BYTES
 from tests.handoff.sim import LAYOUT, NUM_BLOCKS, SimEngine
 from transport.messages import Accept, Cancel, Cancelled, Decline, Failed, Landed, Message, Refused
 
@@ -80,6 +82,26 @@ def test_a_cancel_is_answered_even_for_an_unknown_hand_off() -> None:
     pair = Pair()
     pair.prefill.deliver(pair.decode.peer, Cancel("never-seen", "deadline"))
     assert [m for _, m in pair.prefill.outbox] == [Cancelled("never-seen")]
+
+
+@pytest.mark.parametrize("timeout_s", [30.0, math.inf, math.nan, -1.0])
+def test_accepts_for_requests_that_never_come_are_bounded_and_make_room_at_their_deadline(timeout_s: float) -> None:
+    pair = Pair()
+    accept = Accept("", 21, b"x", 0, list(range(100_000)), 20, [], True, timeout_s)
+    for number in range(200):
+        pair.prefill.deliver(pair.decode.peer, msgspec.structs.replace(accept, handoff=f"invented-{number}"))
+    answers = [message for _, message in pair.prefill.outbox]
+    assert kinds(answers) == [Refused] * (200 - MAX_EARLY_BYTES // 800_512)
+    assert pair.prefill.sender.num_early_bytes() <= MAX_EARLY_BYTES
+    pair.prefill.outbox.clear()
+    pair.clock.advance(100)
+    pair.prefill.sender.tick()
+    pair.prefill.outbox.clear()
+    pair.ask("a")
+    assert kinds(pair.run()) == [Accept, Landed]
+    pair.prefill.deliver(pair.decode.peer, msgspec.structs.replace(accept, handoff="one more"))
+    assert not pair.prefill.outbox
+    assert pair.prefill.sender.num_early_bytes() < 1_000_000
 
 
 def test_a_cancelled_hand_off_cannot_be_started_by_a_late_accept() -> None:

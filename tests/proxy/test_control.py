@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import os
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 
@@ -52,6 +57,20 @@ def test_a_lost_instance_comes_back_with_its_next_heartbeat(fleet: Fleet, pair: 
     with FakeEngine(Role.DECODE, decode.name, port=decode.port) as again:
         fleet.join(again)
         assert fleet.complete().json()["system_fingerprint"] == "decode-1"
+
+
+def test_a_heartbeat_without_an_end_is_refused_and_not_kept(fleet: Fleet) -> None:
+    before = _resident_bytes()
+    most = [before]
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(256):
+            yield b" " * (1 << 20)
+            most.append(_resident_bytes())
+
+    with contextlib.suppress(httpx.WriteError, httpx.ReadError):
+        assert fleet.client.post("/instances", content=endless()).status_code == 413
+    assert max(most) - before < 100 << 20
 
 
 @pytest.mark.parametrize("body", [b"{", b"{}", b'{"instance": {"name": 1}}', b'{"surprise": 1}'])
@@ -206,3 +225,7 @@ def test_label_values_are_bounded_whatever_instances_say() -> None:
     lines = [line for line in metrics.text().decode().splitlines() if line.startswith("baton_fallbacks_total{")]
     assert len(lines) == 66
     assert 'baton_fallbacks_total{why="other"} 137.0' in lines
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")

@@ -28,6 +28,10 @@ class Owned:
     def block(self, block_id: int) -> bytes:
         return ctypes.string_at(self.region.address + block_id * self.region.stride, self.region.block_bytes)
 
+    def put(self, block_id: int, content: bytes) -> None:
+        assert len(content) == self.region.block_bytes
+        ctypes.memmove(self.region.address + block_id * self.region.stride, content, len(content))
+
     def expect(self, tag: str, ids: Iterable[int]) -> Landing:
         return self.transport.expect(tag, [self.blocks(ids)])
 

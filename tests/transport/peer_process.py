@@ -2,6 +2,7 @@
 
 python -m tests.transport.peer_process own SCHEME              says its description, expects tag "t", counts
 python -m tests.transport.peer_process write SCHEME HEX         writes all its blocks under tag "t"
+python -m tests.transport.peer_process held HEX                 the same over cuda_ipc, and its GPU does not get to it
 python -m tests.transport.peer_process control                  says its control address
 """
 
@@ -19,10 +20,13 @@ from types import TracebackType
 from typing import Any
 
 from core.handoff import Peer
+from tests.fakes.software_gpu import SoftwareGpu
 from tests.poll import until
 from tests.transport.memory import Owned
-from transport.base import TransferState
+from transport.base import TransferState, Transport
 from transport.control import Callbacks, ControlPlane, Identity
+from transport.cuda_ipc import CudaIpcTransport
+from transport.cuda_ipc_host import HostDevice
 from transport.schemes import make_transport
 
 NUM_BLOCKS = 16
@@ -73,7 +77,7 @@ def say(words: object) -> None:
 
 
 def own(scheme: str) -> None:
-    owned = Owned(make_transport(scheme, "127.0.0.1"), BLOCK_BYTES, NUM_BLOCKS, fill=0)
+    owned = Owned(transport_of(scheme), BLOCK_BYTES, NUM_BLOCKS, fill=0)
     landing = owned.expect("t", range(NUM_BLOCKS))
     say(owned.transport.describe().hex())
     notices: list[str] = []
@@ -84,12 +88,32 @@ def own(scheme: str) -> None:
 
 
 def write(scheme: str, description: str) -> None:
-    owned = Owned(make_transport(scheme, "127.0.0.1"), BLOCK_BYTES, NUM_BLOCKS, fill=7)
+    owned = Owned(transport_of(scheme), BLOCK_BYTES, NUM_BLOCKS, fill=7)
     endpoint = owned.transport.connect(bytes.fromhex(description))
     transfer = endpoint.write("t", owned.blocks(range(NUM_BLOCKS)), owned.blocks(range(NUM_BLOCKS)), b"done")
     until(lambda: transfer.poll() is not TransferState.RUNNING, 10.0, "the write ends")
     say(transfer.poll().value)
     sys.stdin.read()
+
+
+def held(description: str) -> None:
+    device = HostDevice()
+    owned = Owned(CudaIpcTransport(device), BLOCK_BYTES, NUM_BLOCKS, fill=7)
+    endpoint = owned.transport.connect(bytes.fromhex(description))
+    first = endpoint.write("t", owned.blocks([0]), owned.blocks([0]), b"first")
+    until(lambda: first.poll() is TransferState.DONE, 10.0, "the first write")
+    device.hold()
+    transfer = endpoint.write("t", owned.blocks([1]), owned.blocks([1]), b"second")
+    say(transfer.poll().value)
+    sys.stdin.read()
+
+
+def transport_of(scheme: str) -> Transport:
+    """A transport by name; cuda_ipc on a device made of host memory, cuda_ipc:LIBRARY on a CUDA driver in software."""
+    name, _, library = scheme.partition(":")
+    if name != "cuda_ipc":
+        return make_transport(scheme, "127.0.0.1")
+    return CudaIpcTransport(SoftwareGpu(library) if library else HostDevice())
 
 
 def control() -> None:
@@ -106,5 +130,5 @@ def peer_at(address: str) -> Peer:
 
 
 if __name__ == "__main__":
-    modes: dict[str, Callable[..., None]] = {"own": own, "write": write, "control": control}
+    modes: dict[str, Callable[..., None]] = {"own": own, "write": write, "held": held, "control": control}
     modes[sys.argv[1]](*sys.argv[2:])

@@ -12,7 +12,7 @@ from transport.shm_wire import decode_description, encode_description
 
 
 def test_an_unknown_scheme_is_a_config_error_that_names_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="'smoke' is unknown; known are shm, zmq, inproc"):
+    with pytest.raises(ConfigError, match="'smoke' is unknown; known are shm, zmq"):
         make_transport("smoke", "127.0.0.1")
 
 

@@ -14,7 +14,7 @@ import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import transport.control
+import transport.outbox
 from core.errors import ConfigError, ProtocolError
 from core.handoff import Peer
 from tests.poll import until
@@ -121,7 +121,7 @@ def test_a_peer_that_was_never_there_is_reported_lost() -> None:
 
 
 def test_a_full_queue_refuses_instead_of_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport.control, "MAX_QUEUED_MESSAGES", 5)
+    monkeypatch.setattr(transport.outbox, "MAX_QUEUED_MESSAGES", 5)
     with socket.create_server(("127.0.0.1", 0)) as mute, plane("a") as (a, _):
         peer = peer_at(f"tcp://127.0.0.1:{mute.getsockname()[1]}")
         sent = [a.send(peer, Cancelled(str(i))) for i in range(20)]
@@ -131,14 +131,14 @@ def test_a_full_queue_refuses_instead_of_waiting(monkeypatch: pytest.MonkeyPatch
 
 
 def test_sockets_are_bounded_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport.control, "MAX_PEERS", 3)
+    monkeypatch.setattr(transport.outbox, "MAX_PEERS", 3)
     with plane("a") as (a, _), socket.create_server(("127.0.0.1", 0)) as mute:
         port = mute.getsockname()[1]
         for i in range(1, 9):
             a.send(peer_at(f"tcp://127.0.0.{i}:{port}"), Cancelled("1"))
-        assert len(a._peers._sockets) <= 3
+        assert len(a._peers) <= 3
         a.forget(peer_at(f"tcp://127.0.0.8:{port}"))
-        assert f"tcp://127.0.0.8:{port}" not in a._peers._sockets
+        assert f"tcp://127.0.0.8:{port}" not in a._peers
 
 
 def test_after_close_nothing_is_sent_and_nothing_stays_open() -> None:

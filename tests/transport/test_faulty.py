@@ -11,20 +11,20 @@ from core.clock import ManualClock
 from core.errors import TransferError
 from tests.poll import until
 from tests.transport.memory import Owned
+from tests.transport.peer_process import transport_of
 from transport.base import Endpoint, Landing, TransferState
 from transport.conformance import finish
 from transport.faulty import Faults, FaultyTransport, parse_faults
-from transport.schemes import make_transport
 
-SCHEMES = ["inproc", "shm", "zmq"]
+SCHEMES = ["inproc", "shm", "zmq", "cuda_ipc"]
 
 
 @contextmanager
 def faulty(
     scheme: str, faults: Faults, clock: ManualClock | None = None
 ) -> Iterator[tuple[Owned, Owned, Endpoint, Landing]]:
-    sender = Owned(FaultyTransport(make_transport(scheme, "127.0.0.1"), faults, clock), fill=1)
-    receiver = Owned(make_transport(scheme, "127.0.0.1"))
+    sender = Owned(FaultyTransport(transport_of(scheme), faults, clock), fill=1)
+    receiver = Owned(transport_of(scheme))
     landing = receiver.expect("t", range(8))
     endpoint = sender.transport.connect(receiver.transport.describe())
     try:

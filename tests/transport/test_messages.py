@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.errors import ProtocolError
-from core.handoff import Peer
+from core.handoff import LONGEST_NAME, Peer
 from core.layout import PROTOCOL_VERSION, KVLayout
 from transport.messages import (
     Accept,
@@ -60,6 +60,18 @@ def test_envelope_and_body_must_name_the_same_hand_off() -> None:
     envelope = decode_envelope(encode(Cancelled("h"), SENDER, "print"))
     with pytest.raises(ProtocolError, match="other hand-offs"):
         decode_body(msgspec.structs.replace(envelope, handoff="another"))
+
+
+@pytest.mark.parametrize("field", ["name", "control", "boot_id"])
+def test_names_that_a_peer_would_have_to_keep_are_bounded(field: str) -> None:
+    longest = msgspec.structs.replace(SENDER, **{field: "x" * LONGEST_NAME})
+    decode_body(decode_envelope(encode(Cancelled("h" * LONGEST_NAME), longest, "print")))
+    for handoff, sender in (
+        ("h" * (LONGEST_NAME + 1), SENDER),
+        ("h", msgspec.structs.replace(longest, **{field: "x" * 5000})),
+    ):
+        with pytest.raises(ProtocolError):
+            decode_body(decode_envelope(encode(Cancelled(handoff), sender, "print")))
 
 
 @given(wire=st.binary(max_size=300))

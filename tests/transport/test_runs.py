@@ -7,13 +7,14 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from core.errors import TransferError
 from core.layout import KVLayout
 from transport.runs import Lane, heads_of, lanes, objection, row_copies, rows, runs
 
+timeless = settings(deadline=None)
 ids = st.integers(0, 12)
 
 
@@ -23,6 +24,7 @@ def layout(num_heads: int = 4, block_size: int = 8, **more: Any) -> KVLayout:
     return KVLayout("m", "bfloat16", 2, num_heads, 3, block_size, num_heads * block_size * 6, **fields)
 
 
+@timeless
 @given(pairs=st.lists(st.tuples(ids, ids)))
 def test_runs_name_every_pair_once_in_order_and_none_could_be_longer(pairs: list[tuple[int, int]]) -> None:
     found = list(runs([source for source, _ in pairs], [target for _, target in pairs]))
@@ -43,6 +45,7 @@ def content(num_heads: int, num_ranks: int, rank: int, head_bytes: int) -> bytea
     return bytearray(b"".join(bytes([head + 1]) * head_bytes for head in heads_of(num_heads, num_ranks, rank)))
 
 
+@timeless
 @given(num_heads=sizes, senders=sizes, receivers=sizes)
 def test_every_receiver_gets_each_of_its_heads_from_one_sender(num_heads: int, senders: int, receivers: int) -> None:
     shape = layout(num_heads)
@@ -64,6 +67,7 @@ def test_every_receiver_gets_each_of_its_heads_from_one_sender(num_heads: int, s
     assert len(set(pairs)) == len(pairs), "one lane between two ranks, so its tag is its own"
 
 
+@timeless
 @given(num_heads=sizes, senders=sizes, receivers=sizes)
 def test_ranks_that_hold_the_same_head_share_the_work(num_heads: int, senders: int, receivers: int) -> None:
     shape = layout(num_heads)
@@ -99,6 +103,7 @@ def test_interleaved_heads_go_between_equal_sizes_only() -> None:
 token_sizes = st.integers(1, 9)
 
 
+@timeless
 @given(first=st.integers(0, 40), count=st.integers(0, 40), source_size=token_sizes, target_size=token_sizes)
 def test_rows_name_every_token_once_and_cross_no_border(
     first: int, count: int, source_size: int, target_size: int
@@ -126,6 +131,7 @@ def block(shape: KVLayout, number: int, end: int) -> bytearray:
     )
 
 
+@timeless
 @given(count=st.integers(1, 48), heads=st.integers(1, 4), source_size=token_sizes, target_size=token_sizes)
 def test_rows_of_every_head_reach_blocks_of_another_size(
     count: int, heads: int, source_size: int, target_size: int

@@ -65,6 +65,22 @@ def test_a_killed_owner_fails_the_endpoint_and_leaves_nothing_behind() -> None:
     sender.transport.close()
 
 
+def test_a_dead_owners_memory_is_let_go_at_once_although_nobody_asks() -> None:
+    """Its successor may need it: an engine that restarts has a KV cache as large as the one before."""
+    sender = Owned(ShmTransport(), 1 << 19, NUM_BLOCKS, fill=9)
+    sender.transport.describe()
+    before = _num_mappings()
+    with PeerProcess("own", "shm") as peer:
+        endpoint = sender.transport.connect(bytes.fromhex(peer.says()))
+        finish(endpoint.write("t", sender.blocks([0]), sender.blocks([0]), b"first"))
+        assert _num_mappings() == before + 1
+        peer.signal(signal.SIGKILL)
+        until(lambda: _num_mappings() == before, 1.0, "the mapping is gone")
+    assert endpoint.failure() == "the peer hung up"
+    endpoint.close()
+    sender.transport.close()
+
+
 def test_a_stopped_owner_blocks_no_write_and_hears_everything_later() -> None:
     sender = Owned(ShmTransport(), 1 << 19, NUM_BLOCKS, fill=5)
     with PeerProcess("own", "shm") as peer:
@@ -177,11 +193,12 @@ def test_malformed_packets_are_counted_and_the_thread_lives_on() -> None:
         owned.transport.close()
 
 
-def test_fifty_connections_come_and_go_without_a_trace() -> None:
+def test_a_thousand_connections_come_and_go_without_a_trace() -> None:
     sender, receiver = Owned(ShmTransport(), fill=1), Owned(ShmTransport())
+    sender.transport.describe()
     description = receiver.transport.describe()
     before = (len(os.listdir("/proc/self/fd")), threading.active_count(), _num_mappings())
-    for _ in range(50):
+    for _ in range(1000):
         endpoint = sender.transport.connect(description)
         finish(endpoint.write("t", sender.blocks([0]), receiver.blocks([0])))
         endpoint.close()
