@@ -6,6 +6,7 @@ A group counts as alive while /proc shows a member that is not a zombie; a kille
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -20,6 +21,7 @@ STOP_TIMEOUT_S = 4.0
 KILL_TIMEOUT_S = 2.0
 TRACKER_TIMEOUT_S = 1.0
 _POLL_S = 0.02
+_SEGMENT = re.compile(r"/dev/shm/(?:psm_|vllm_dist_)\S+")
 
 
 class Child(Protocol):
@@ -69,8 +71,10 @@ def stop_groups(children: Sequence[Child], timeout_s: float = STOP_TIMEOUT_S) ->
     """SIGTERM to all heads at once, SIGKILL to what is left of the groups; returns when nothing of them lives.
 
     Only the head hears SIGTERM, it passes it on: a second one kills vLLM's engine core in the middle of its clean-up.
-    Python's resource trackers are killed last: once the others are dead, they unlink what those left in /dev/shm.
+    Nothing of theirs stays in /dev/shm. What they map is known now; of those that died before, Python's resource trackers
+    unlink it, so these are killed last.
     """
+    shared = _shared_memory({child.pid for child in children})
     for child in children:
         if child.poll() is None:
             with suppress(ProcessLookupError):
@@ -87,6 +91,17 @@ def stop_groups(children: Sequence[Child], timeout_s: float = STOP_TIMEOUT_S) ->
     _wait(children, KILL_TIMEOUT_S)
     for child in children:
         child.poll()
+    for path in shared:
+        path.unlink(missing_ok=True)
+
+
+def _shared_memory(groups: Collection[int]) -> set[Path]:
+    """Segments of Python and of vLLM's tensor-parallel ranks that the groups' processes map."""
+    found = set()
+    for pid in (pid for pid, group in _groups() if group in groups):
+        with suppress(OSError):
+            found |= set(_SEGMENT.findall(Path(f"/proc/{pid}/maps").read_text()))
+    return {Path(name) for name in found}
 
 
 def _is_resource_tracker(pid: int) -> bool:

@@ -47,7 +47,7 @@ def check_landed(cluster: Cluster, answers: list[Answer], asked: list[dict[str, 
     """All but each prompt's last token was handed over, over this transport, and D has every byte that P sent."""
     for answer, body in zip(answers, asked, strict=True):
         entry = record(cluster.url, answer)
-        assert entry["outcome"] == "landed", entry
+        assert (entry["outcome"], entry["path"]["why"]) == ("landed", "")
         assert entry["tokens"]["handed_over"] == len(body["prompt"]) - 1, entry
         assert entry["path"]["transport"] == transport, entry
         assert entry["decode"]["bytes"] == entry["prefill"]["bytes"] > 0, entry
@@ -66,19 +66,21 @@ def test_another_tensor_parallel_size_decodes_the_same_tokens(
     check_landed(cluster, ours, asked, transport)
 
 
-def test_ranks_leave_nothing_in_shared_memory(zygote: Any) -> None:
-    """vLLM's ranks speak through /dev/shm; those that are killed cannot unlink it."""
+@pytest.mark.parametrize("killed", [True, False])
+def test_ranks_leave_nothing_in_shared_memory(zygote: Any, killed: bool) -> None:
+    """vLLM's ranks speak through /dev/shm; those that are killed, or too slow to end, cannot unlink it."""
     before = names_in_shared_memory()
     with Cluster("0P1D", options(*ranks(2)), zygote=zygote) as cluster:
         ask_all(cluster.url, bodies(1, (BLOCK,)), 1)
         assert names_in_shared_memory() - before
-        os.kill(cluster.instances[0].pid, signal.SIGKILL)
+        if killed:
+            os.kill(cluster.instances[0].pid, signal.SIGKILL)
     until(lambda: not names_in_shared_memory() - before, what="its end")
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("prefill", "decode"), [(2, 2), (1, 2), (2, 1)])
-@pytest.mark.parametrize("transport", ["shm", "zmq"])
+@pytest.mark.parametrize(("prefill", "decode"), [(2, 1), (2, 2), (1, 2)])
+@pytest.mark.parametrize("transport", ["zmq", "shm"])
 def test_equal_to_plain_vllm_of_the_decoding_size(
     start: Any, zygote: Any, prefill: int, decode: int, transport: str
 ) -> None:
