@@ -71,8 +71,8 @@ def stop_groups(children: Sequence[Child], timeout_s: float = STOP_TIMEOUT_S) ->
     """SIGTERM to all heads at once, SIGKILL to what is left of the groups; returns when nothing of them lives.
 
     Only the head hears SIGTERM, it passes it on: a second one kills vLLM's engine core in the middle of its clean-up.
-    Nothing of theirs stays in /dev/shm. What they map is known now; of those that died before, Python's resource trackers
-    unlink it, so these are killed last.
+    Nothing of theirs stays in /dev/shm: what they map is known now; what the dead had mapped is unlinked by Python's
+    resource trackers, which are therefore killed last.
     """
     shared = _shared_memory({child.pid for child in children})
     for child in children:
