@@ -38,7 +38,7 @@ class InstanceInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     url: base address of its OpenAI server.
     control: address of its control socket; empty for a plain vLLM, which can neither send nor receive.
-    fingerprint: of its KVLayout; only instances with the same one are paired.
+    fingerprint: of its KVLayout; only instances with the same one are paired. num_ranks: tensor-parallel workers.
     silent_peers: boot ids of instances that were asked to stop writing into its memory and do not answer: only their
         end makes the blocks safe to use again, so whoever started them must end them.
     paths: what it knows of its ways to the instances that it sends to.
@@ -57,6 +57,7 @@ class InstanceInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pid: int = 0
     silent_peers: list[str] = []
     paths: list[Path] = []
+    num_ranks: int = 1
 
 
 class Heartbeat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -29,7 +29,8 @@ _log = init_logger("vllm.baton")
 
 @dataclass(frozen=True)
 class OwnWorker:
-    """The transports that our worker offers, best first, and where it listens to us."""
+    """The transports that our worker offers, best first, and where it listens to us; of several workers, which are
+    tensor-parallel ranks, nowhere: the paths between ranks are not measured."""
 
     schemes: list[tuple[str, bytes]]
     door: str
@@ -47,6 +48,8 @@ class Acquaintances:
         self._paths: list[Path] = []
         self._key: DoorKey | None = None
         try:
+            if not worker.door:
+                raise TransferError(f"there are {me.num_ranks} tensor-parallel ranks")
             self._key = DoorKey(worker.door)
             self._key.say(Named(me.boot_id))
         except TransferError as error:

@@ -27,11 +27,11 @@ _log = init_logger("vllm.baton")
 class Correspondence:
     """One instance's control plane. Until `introduce`, nobody knows of us, and what comes is dropped."""
 
-    def __init__(self, settings: ConnectorSettings, fingerprint: str) -> None:
+    def __init__(self, settings: ConnectorSettings, fingerprint: str, num_ranks: int) -> None:
         self._fingerprint = fingerprint
         self._halves: tuple[Sender, Receiver] | None = None
         self._acquaintances: Acquaintances | None = None
-        identity = Identity(settings.name, uuid.uuid4().hex, fingerprint)
+        identity = Identity(settings.name, uuid.uuid4().hex, fingerprint, num_ranks)
         callbacks = Callbacks(self._on_envelope, self._on_peer_lost, self._on_tick)
         self._control = ControlPlane(settings.host, identity, callbacks, keys=settings.read_keys())
         self.me = self._control.peer

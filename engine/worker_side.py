@@ -6,6 +6,7 @@ import torch
 
 from core.clock import SystemClock
 from core.errors import UnsupportedError
+from core.layout import KVLayout
 from decode.lander import Lander
 from engine.arrivals import Arrivals, Part
 from engine.cache_side import CacheWorker
@@ -27,15 +28,16 @@ from transport.scratch import Scratch, ScratchLandings
 
 
 class WorkerSide:
-    """One worker's memory, transports, pushes and landings. Lives in the worker's thread."""
+    """One worker's memory, transports, pushes and landings. Lives in the worker's thread. `rank`: tensor-parallel."""
 
-    def __init__(self, settings: ConnectorSettings, block_size: int, device: str) -> None:
+    def __init__(self, settings: ConnectorSettings, layout: KVLayout, rank: int, device: str) -> None:
         if device != "cpu":
             raise UnsupportedError(
                 f"hand-off of KV caches on {device} is not supported yet; on a GPU run plain instances (0PyD)"
             )
         self._settings = settings
-        self._block_size = block_size
+        self._block_size = layout.block_size
+        self._rank = rank
         self._clock = SystemClock()
         self._memory: CacheMemory | None = None
         self._layers: dict[str, int] = {}
@@ -69,8 +71,8 @@ class WorkerSide:
         self._scratch = Scratch(self._transports)
         self._prober = Prober(self._connections, ScratchLandings(self._transports), self._door, self._clock)
         faults = FaultPoint(self._settings.fault)
-        self._pusher = Pusher(self._connections, regions, self._block_size, self._clock, faults)
-        self._lander = Lander(self._transports, regions, self._clock, faults)
+        self._pusher = Pusher(self._connections, regions, self._block_size, self._clock, faults, self._rank)
+        self._lander = Lander(self._transports, regions, self._clock, faults, self._rank)
         if self._settings.cache:
             self._cache = CacheWorker(self._settings, regions, faults)
 

@@ -23,10 +23,11 @@ from core.clock import Clock
 from core.errors import TransferError
 from prefill.connections import Connections
 from prefill.peer_paths import Way
-from prefill.push import PushChunk, PushCommands, Pushed, PushFailed, PushResults, PushTarget
+from prefill.push import PushChunk, PushCommands, Pushed, PushFailed, PushResults, PushTarget, Quiet
 from transport.base import Blocks, Region, Transfer, TransferState
 from transport.digest import add, blocks_digest, is_full
 from transport.faultpoint import FaultPoint
+from transport.regions import part_of
 
 
 @dataclass
@@ -72,7 +73,8 @@ class _Push:
 
 
 class Pusher:
-    """Pushes every hand-off of this worker. `regions` are its KV cache, one per layer in layer order."""
+    """Pushes every hand-off of this worker, which is one tensor-parallel rank, to each receiving rank that wants heads
+    of it. `regions` are its KV cache, one per layer in layer order."""
 
     def __init__(
         self,
@@ -81,13 +83,16 @@ class Pusher:
         block_size: int,
         clock: Clock,
         faults: FaultPoint,
+        rank: int = 0,
     ) -> None:
+        self._rank = rank
         self._connections = connections
         self._regions = regions
         self._block_size = block_size
         self._clock = clock
         self._faults = faults
-        self._pushes: dict[str, _Push] = {}
+        self._pushes: dict[tuple[str, int], _Push] = {}
+        self._stopping: list[str] = []
         self._chunks: list[PushChunk] = []
         self._results = PushResults()
 
@@ -97,12 +102,13 @@ class Pusher:
             self._connections.forget(boot_id)
         for handoff in commands.stop:
             self._stop(handoff)
-        self._chunks = [chunk for chunk in commands.chunks if self._open(chunk)]
+        mine = [chunk for chunk in commands.chunks if chunk.target.lane.sender == self._rank]
+        self._chunks = [chunk for chunk in mine if self._open(chunk)]
 
     def save_layer(self, layer: int) -> None:
         """Called right after `layer` has written its keys and values for all chunks of this step."""
         for chunk in self._chunks:
-            push = self._pushes.get(chunk.handoff)
+            push = self._pushes.get(chunk.key)
             if push is not None and not push.stopped:
                 self._faults.reach("push", layer=layer, chunk=chunk.index)
                 self._push_layer(push, chunk, layer)
@@ -111,19 +117,22 @@ class Pusher:
         """Called after the forward pass: pushes layers whose hook the engine never calls."""
         for layer in range(len(self._regions)):
             for chunk in self._chunks:
-                push = self._pushes.get(chunk.handoff)
+                push = self._pushes.get(chunk.key)
                 if push is not None and not push.stopped:
                     self._push_layer(push, chunk, layer)
         now_s = self._clock.unix_s()
         for chunk in self._chunks:
-            if chunk.handoff in self._pushes:
-                self._pushes[chunk.handoff].computed_unix_s = now_s
+            if chunk.key in self._pushes:
+                self._pushes[chunk.key].computed_unix_s = now_s
 
     def end_step(self) -> PushResults:
         """What has ended since the last step; polls transfers in flight."""
         self._chunks = []
-        for handoff, push in list(self._pushes.items()):
-            self._settle(handoff, push)
+        for key, push in list(self._pushes.items()):
+            self._settle(key, push)
+        moving = {handoff for handoff, _ in self._pushes}
+        self._results.quiet += [Quiet(handoff, self._rank) for handoff in self._stopping if handoff not in moving]
+        self._stopping = [handoff for handoff in self._stopping if handoff in moving]
         results, self._results = self._results, PushResults()
         return results
 
@@ -137,18 +146,17 @@ class Pusher:
         self._pushes.clear()
 
     def _open(self, chunk: PushChunk) -> bool:
-        push = self._pushes.get(chunk.handoff)
+        push = self._pushes.get(chunk.key)
         if push is not None:
             push.chunk = chunk
             return True
         target = chunk.target
         try:
-            way = self._connections.pick(target.decode, target.schemes)
+            way = self._connections.pick(target.decode, target.schemes, rank=target.lane.receiver)
         except TransferError as error:
             self._results.failed.append(PushFailed(chunk.handoff, str(error)))
-            self._results.quiet.append(chunk.handoff)
             return False
-        self._pushes[chunk.handoff] = _Push(chunk, way, [target.first_block] * len(self._regions))
+        self._pushes[chunk.key] = _Push(chunk, way, [target.first_block] * len(self._regions))
         return True
 
     def _push_layer(self, push: _Push, chunk: PushChunk, layer: int) -> None:
@@ -166,30 +174,32 @@ class Pusher:
         push.cursors[layer] = limit
 
     def _write(self, push: _Push, chunk: PushChunk, layer: int, span: range) -> None:
-        region = self._regions[layer]
+        lane = push.target.lane
         local_ids = chunk.block_ids[span.start : span.stop]
         offset = push.target.first_block
         remote_ids = push.target.block_ids[span.start - offset : span.stop - offset]
         others = (cursor for index, cursor in enumerate(push.cursors) if index != layer)
         is_last = span.stop == push.end_block and all(cursor >= push.end_block for cursor in others)
         notice = chunk.handoff.encode() if is_last else None
-        local, remote = Blocks(layer, tuple(local_ids)), Blocks(layer, tuple(remote_ids))
+        local = Blocks(layer, tuple(local_ids), lane.sender_start, lane.num_bytes)
+        remote = Blocks(layer, tuple(remote_ids), lane.receiver_start, lane.num_bytes)
         begun_s = self._clock.monotonic_s()
         try:
-            push.transfers.append(push.way.endpoint.write(chunk.handoff, local, remote, notice))
+            push.transfers.append(push.way.endpoint.write(lane.tag(chunk.handoff), local, remote, notice))
         except TransferError as error:
             push.why_failed, push.stopped = str(error), True
             return
         written_s = self._clock.monotonic_s()
         full = is_full(push.way.scheme, push.target.full_digest)
-        digest = blocks_digest(region, local_ids, span.start - offset, full=full)
+        part = part_of(self._regions[layer], lane.sender_start, lane.num_bytes)
+        digest = blocks_digest(part, local_ids, span.start - offset, full=full)
         push.digest = add(push.digest, digest)
         push.write_s += written_s - begun_s
         push.digest_s += self._clock.monotonic_s() - written_s
         push.num_pairs += len(span)
-        push.num_bytes += len(span) * region.block_bytes
+        push.num_bytes += len(span) * lane.num_bytes
 
-    def _settle(self, handoff: str, push: _Push) -> None:
+    def _settle(self, key: tuple[str, int], push: _Push) -> None:
         states = [transfer.poll() for transfer in push.transfers]
         failures = [t.failure() for t, s in zip(push.transfers, states, strict=True) if s is TransferState.FAILED]
         running = [t for t, s in zip(push.transfers, states, strict=True) if s is TransferState.RUNNING]
@@ -205,13 +215,12 @@ class Pusher:
             if push.why_failed and self._reroute(push):
                 return
             if push.why_failed:
-                self._results.failed.append(PushFailed(handoff, push.why_failed))
-            self._results.quiet.append(handoff)
-            del self._pushes[handoff]
+                self._results.failed.append(PushFailed(key[0], push.why_failed))
+            del self._pushes[key]
         elif push.is_complete():
             self._connections.wrote(push.way)
-            self._results.pushed.append(self._pushed(handoff, push))
-            del self._pushes[handoff]
+            self._results.pushed.append(self._pushed(key[0], push))
+            del self._pushes[key]
 
     def _reroute(self, push: _Push) -> bool:
         """Begins again over the next best path, if this one has failed and there is another."""
@@ -219,7 +228,7 @@ class Pusher:
             return False
         without = [*push.failed_schemes, push.way.scheme]
         try:
-            way = self._connections.pick(push.target.decode, push.target.schemes, without)
+            way = self._connections.pick(push.target.decode, push.target.schemes, without, push.target.lane.receiver)
         except TransferError:
             return False
         push.begin_again(way)
@@ -241,13 +250,12 @@ class Pusher:
             bytes_before_last_layer=push.bytes_before_last_layer,
             write_s=push.write_s,
             digest_s=push.digest_s,
+            lane=push.target.lane,
         )
 
     def _stop(self, handoff: str) -> None:
-        push = self._pushes.get(handoff)
-        if push is None:
-            self._results.quiet.append(handoff)
-            return
-        push.stopped, push.why_failed = True, ""
-        for transfer in push.transfers:
-            transfer.cancel()
+        self._stopping.append(handoff)
+        for push in [push for key, push in self._pushes.items() if key[0] == handoff]:
+            push.stopped, push.why_failed = True, ""
+            for transfer in push.transfers:
+                transfer.cancel()

@@ -79,7 +79,12 @@ SUPPORTED: list[tuple[str, str, str]] = [
         "yes",
         "engine/test_restart.py::test_the_old_memory_is_gone_from_the_prefill_instance_and_the_next_hand_off_works",
     ),
-    ("Tensor, pipeline, data parallel above 1", "refused by name", "cluster/test_preflight.py"),
+    (
+        "Tensor parallel sizes that differ (1 → 2, 2 → 1), or are equal",
+        "yes, without `--cache`",
+        "engine/test_tensor_parallel.py::test_another_tensor_parallel_size_decodes_the_same_tokens",
+    ),
+    ("Pipeline, data parallel above 1", "refused by name", "cluster/test_preflight.py"),
     ("Speculative decoding, quantised KV cache", "refused by name", "cluster/test_preflight.py"),
     ("Sliding-window, Mamba and hybrid models", "refused by name", "cluster/test_preflight.py"),
     ("Hand-off between GPUs", "refused by name", "cluster/test_preflight.py"),

@@ -20,7 +20,7 @@ from decode.lander import Lander
 from prefill.connections import BACKOFF_S, FORGET_AFTER_S, MAX_LOST_WRITES, MAX_RECEIVERS, Connections
 from prefill.peer_paths import Far
 from prefill.prober import Prober, probe
-from prefill.push import PushChunk, PushCommands, Pushed, PushResults, PushTarget
+from prefill.push import PushChunk, PushCommands, Pushed, PushResults, PushTarget, Quiet
 from prefill.pusher import Pusher
 from tests.poll import until
 from transport.base import Region, Transport
@@ -28,6 +28,7 @@ from transport.door import Await, Door, DoorKey, Meet, Named, News
 from transport.faultpoint import FaultPoint
 from transport.faulty import Faults, FaultyTransport
 from transport.guarded import GuardedTransport
+from transport.runs import Lane
 from transport.schemes import make_transport
 from transport.scratch import Scratch, ScratchLandings
 from transport.shm_wire import ShmDescription, encode_description, host_id
@@ -266,8 +267,9 @@ class HandOff:
         clock, faults = house.clock, FaultPoint()
         self.pusher = Pusher(house.connections, house.near.regions, BLOCK_SIZE, clock, faults)
         self.lander = Lander(house.far.transports, house.far.regions, clock, faults)
-        self.lander.begin_step(LandCommands(arm=[Arm(id_, "request", [8, 9, 10, 11], False)]))
-        self.target = PushTarget(PEER, house.far.offers, 0, 16, [8, 9, 10, 11], False)
+        lane = Lane(0, 0, 0, 0, BLOCK_BYTES)
+        self.lander.begin_step(LandCommands(arm=[Arm(id_, "request", [8, 9, 10, 11], False, [lane])]))
+        self.target = PushTarget(PEER, house.far.offers, 0, 16, [8, 9, 10, 11], False, lane)
         self.ended = PushResults()
 
     def step(self, num_tokens: int) -> None:
@@ -290,7 +292,7 @@ class HandOff:
     def land(self, pushed: Pushed) -> bool:
         """Whether the receiver finds what the sender says."""
         full = pushed.scheme != "shm"
-        check = Check(self.id, pushed.num_pairs, pushed.digest, pushed.scheme, full)
+        check = Check(self.id, [pushed.part()], full)
         self.lander.begin_step(LandCommands(check=[check]))
         ended: list[Any] = []
 
@@ -330,7 +332,8 @@ def test_where_no_other_path_is_left_the_hand_off_fails_as_before() -> None:
         hand_off.step(16)
         results = hand_off.settle()
         assert [failure.why for failure in results.failed] == ["disconnected by a fault"]
-        assert results.quiet == ["h"]
+        hand_off.pusher.begin_step(PushCommands(stop=["h"]))
+        assert hand_off.settle().quiet == [Quiet("h", 0)]
     finally:
         house.close()
 
@@ -344,7 +347,7 @@ def test_a_hand_off_that_was_stopped_is_not_begun_again() -> None:
         hand_off.pusher.save_layer(0)
         hand_off.pusher.begin_step(PushCommands(stop=["h"]))
         results = hand_off.pusher.end_step()
-        assert (results.pushed, results.failed, results.quiet) == ([], [], ["h"])
+        assert (results.pushed, results.failed, results.quiet) == ([], [], [Quiet("h", 0)])
         assert hand_off.pusher.num_in_flight() == 0
     finally:
         house.close()
