@@ -41,7 +41,7 @@ class WorkerSide:
         self._transports: dict[str, Transport] = {}
         keys = settings.read_keys()
         for scheme in wanted:
-            transport = make_transport(scheme, settings.host, keys)
+            transport = make_transport(scheme, settings.host, keys, settings.transport_options)
             if settings.faulty:
                 transport = FaultyTransport(transport, Faults(**settings.faulty))
             self._transports[scheme] = transport

@@ -2,7 +2,8 @@
 
 A transport's module offers three functions: `make(host)`, `unavailable()` (why it cannot run here, empty if it can),
 `is_reachable(description)` (whether a peer's description may be connected to from here, without trying). One whose
-bytes travel over a network also has `make_encrypted(host, keys)`, or is refused where the cluster has keys.
+bytes travel over a network also has `make_encrypted(host, keys)`, or is refused where the cluster has keys; one that
+has options also has `make_with(host, options)`.
 
 Memory and threading: none of its own.
 """
@@ -10,7 +11,8 @@ Memory and threading: none of its own.
 from __future__ import annotations
 
 import importlib
-from typing import Protocol, cast
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
 
 from core.errors import ConfigError
 from transport.base import Transport
@@ -19,6 +21,7 @@ from transport.keys import Keys
 _MODULES = {
     "shm": "transport.shm",
     "zmq": "transport.zmq_tcp",
+    "nixl": "transport.nixl",
     "cuda_ipc": "transport.cuda_ipc",
     "inproc": "transport.inproc",
 }
@@ -35,13 +38,20 @@ class _Module(Protocol):
     def is_reachable(self, description: bytes) -> bool: ...
 
 
-def make_transport(scheme: str, host: str, keys: Keys | None = None) -> Transport:
+def make_transport(
+    scheme: str, host: str, keys: Keys | None = None, options: Mapping[str, dict[str, Any]] | None = None
+) -> Transport:
     """A transport by name. host: the address under which peers reach this machine, where that matters. keys: what
-    leaves this host is encrypted. Raises ConfigError if there is none of that name, or it cannot run here."""
+    leaves this host is encrypted. options: by scheme, for those that have some. Raises ConfigError if there is none of
+    that name, or it cannot run here."""
+    for named in options or {}:
+        _module(named)
     module = _module(scheme)
     why = unavailable(scheme, has_keys=keys is not None)
     if why:
         raise ConfigError(f"transport {scheme!r} is not available here: {why}")
+    if options and scheme in options:
+        return _make_with(module, scheme, host, options[scheme])
     if keys is None or scheme in OFF_THE_WIRE:
         return module.make(host)
     made: Transport = module.make_encrypted(host, keys)  # type: ignore[attr-defined]
@@ -60,6 +70,13 @@ def unavailable(scheme: str, *, has_keys: bool = False) -> str:
 def is_reachable(scheme: str, description: bytes) -> bool:
     """Whether a peer's description may be connected to from here. Raises ConfigError if there is no such scheme."""
     return _module(scheme).is_reachable(description)
+
+
+def _make_with(module: _Module, scheme: str, host: str, options: dict[str, Any]) -> Transport:
+    make_with = getattr(module, "make_with", None)
+    if make_with is None:
+        raise ConfigError(f"transport_options: {scheme} has no options")
+    return cast(Transport, make_with(host, options))
 
 
 def _module(scheme: str) -> _Module:

@@ -2,14 +2,18 @@
 
 python -m tests.transport.peer_process own SCHEME              says its description, expects tag "t", counts
 python -m tests.transport.peer_process write SCHEME HEX         writes all its blocks under tag "t"
+python -m tests.transport.peer_process storm SCHEME HEX         writes them over and over, also after a refusal
+python -m tests.transport.peer_process send SCHEME HEX          random blocks, in parts, in any order; says their digest
 python -m tests.transport.peer_process held HEX                 the same over cuda_ipc, and its GPU does not get to it
 python -m tests.transport.peer_process control                  says its control address
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import random
 import select
 import signal
 import subprocess
@@ -23,7 +27,8 @@ from core.handoff import Peer
 from tests.fakes.software_gpu import SoftwareGpu
 from tests.poll import until
 from tests.transport.memory import Owned
-from transport.base import TransferState, Transport
+from transport.base import Blocks, TransferState, Transport
+from transport.conformance import finish
 from transport.control import Callbacks, ControlPlane, Identity
 from transport.cuda_ipc import CudaIpcTransport
 from transport.cuda_ipc_host import HostDevice
@@ -96,6 +101,36 @@ def write(scheme: str, description: str) -> None:
     sys.stdin.read()
 
 
+def storm(scheme: str, description: str) -> None:
+    owned = Owned(make_transport(scheme, "127.0.0.1"), BLOCK_BYTES, NUM_BLOCKS, fill=7)
+    endpoint = owned.transport.connect(bytes.fromhex(description))
+    ids = owned.blocks(range(NUM_BLOCKS))
+    finish(endpoint.write("t", ids, ids))
+    say("storming")
+    while True:
+        transfer = endpoint.write("t", ids, ids)
+        until(lambda: transfer.poll() is not TransferState.RUNNING, 10.0, "the write ends")  # noqa: B023
+        if endpoint.failure():
+            say(endpoint.failure())
+            sys.stdin.read()
+
+
+def send(scheme: str, description: str) -> None:
+    owned = Owned(make_transport(scheme, "127.0.0.1"), BLOCK_BYTES, NUM_BLOCKS)
+    dice = random.Random(11)
+    ctypes.memmove(owned.region.address, dice.randbytes(BLOCK_BYTES * NUM_BLOCKS), BLOCK_BYTES * NUM_BLOCKS)
+    endpoint = owned.transport.connect(bytes.fromhex(description))
+    ids = dice.sample(range(NUM_BLOCKS), NUM_BLOCKS)
+    for block_id in ids[:-1]:
+        cut = dice.randrange(1, BLOCK_BYTES)
+        for start, num_bytes in ((0, cut), (cut, BLOCK_BYTES - cut)):
+            part = Blocks(0, (block_id,), start, num_bytes)
+            endpoint.write("t", part, part)
+    finish(endpoint.write("t", owned.blocks(ids[-1:]), owned.blocks(ids[-1:]), b"done"))
+    say(owned.digest(range(NUM_BLOCKS)))
+    sys.stdin.read()
+
+
 def held(description: str) -> None:
     device = HostDevice()
     owned = Owned(CudaIpcTransport(device), BLOCK_BYTES, NUM_BLOCKS, fill=7)
@@ -130,5 +165,12 @@ def peer_at(address: str) -> Peer:
 
 
 if __name__ == "__main__":
-    modes: dict[str, Callable[..., None]] = {"own": own, "write": write, "held": held, "control": control}
+    modes: dict[str, Callable[..., None]] = {
+        "own": own,
+        "write": write,
+        "storm": storm,
+        "send": send,
+        "held": held,
+        "control": control,
+    }
     modes[sys.argv[1]](*sys.argv[2:])
