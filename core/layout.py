@@ -10,8 +10,8 @@ import hashlib
 
 import msgspec
 
-PROTOCOL_VERSION = 1
-"""History. 1: Accept, Decline, Cancel, Cancelled, Refused, Failed, Landed."""
+PROTOCOL_VERSION = 2
+"""History. 1: Accept, Decline, Cancel, Cancelled, Refused, Failed, Landed. 2: Greeting."""
 
 
 class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

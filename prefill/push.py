@@ -55,6 +55,7 @@ class Pushed(msgspec.Struct, frozen=True):
         forward pass that held it (the rest of that layer is computed while its blocks travel).
     bytes_before_last_layer: handed to the transport before the last layer of the last chunk was computed.
     write_s, digest_s: spent in writes and in digests, in the forward pass.
+    why_rerouted: why another path was given up for this one; empty if none was.
     """
 
     handoff: str
@@ -68,6 +69,7 @@ class Pushed(msgspec.Struct, frozen=True):
     bytes_before_last_layer: int
     write_s: float
     digest_s: float
+    why_rerouted: str = ""
 
 
 class PushFailed(msgspec.Struct, frozen=True):

@@ -26,6 +26,12 @@ SUPPORTED: list[tuple[str, str, str]] = [
     ("`n` > 1, several prompts, echo", "decode instance alone", "proxy/test_split.py"),
     ("A prefill instance dies at any moment", "yes", "engine/test_recovers.py::test_the_prefill_instance_dies"),
     ("A byte flips in transit", "yes", "engine/test_recovers.py::test_a_byte_is_flipped_in_transit"),
+    ("The fastest transport is taken", "yes", "engine/test_paths.py::test_a_slow_shm_loses_to_zmq"),
+    (
+        "A path breaks under a hand-off: the next best is taken",
+        "yes",
+        "engine/test_paths.py::test_a_path_that_fails_in_mid_push_costs_no_request",
+    ),
     ("A peer hangs", "yes", "engine/test_overload.py::test_a_stopped_prefill_instance_with_64_prompts_waiting"),
     (
         "Instances join by hand, over TCP (tested on one host)",
@@ -113,7 +119,16 @@ def test_every_script_that_the_readme_names_exists_and_runs() -> None:
 
 
 def test_every_command_of_the_readme_is_run_by_some_test() -> None:
-    """curl: test_clients; launch, demo, cache: tests/cluster; instance, vllm serve: test_join; keys: test_command."""
-    known = ("scripts/launch ", "curl ", "baton instance ", "baton cache ", "baton keys ", "vllm serve ")
+    """curl: test_clients; launch, demo, cache, doctor: tests/cluster; instance, vllm serve: test_join; keys:
+    test_command."""
+    known = (
+        "scripts/launch ",
+        "curl ",
+        "baton instance ",
+        "baton cache ",
+        "baton keys ",
+        "baton doctor",
+        "vllm serve ",
+    )
     for command in commands():
         assert command.startswith(known), f"no test runs {command!r}"

@@ -21,6 +21,7 @@ from decode.accounts import Accounts
 from decode.admission import Capacity, Limits
 from decode.lander import Lander
 from decode.receiver import Offer, Receiver
+from prefill.connections import Connections
 from prefill.pusher import Pusher
 from prefill.sender import Gate, Sender
 from transport.base import Region, Transport
@@ -72,7 +73,8 @@ class SimEngine:
             self.transport.register(region)
         faults = FaultPoint()
         transports = {"inproc": self.transport}
-        self.pusher = Pusher(transports, self.regions, BLOCK_SIZE, clock, faults)
+        self.connections = Connections(transports, clock)
+        self.pusher = Pusher(self.connections, self.regions, BLOCK_SIZE, clock, faults)
         self.lander = Lander(transports, self.regions, clock, faults)
         ports = Ports(self._send, lambda: None, self.reports.append, clock, faults)
         self.sender = Sender(self.peer, LAYOUT, ports)
