@@ -23,6 +23,7 @@ from transport.keys import Keys
 _MODULES = {
     "shm": "transport.shm",
     "zmq": "transport.zmq_tcp",
+    "ucx": "transport.ucx",
     "nixl": "transport.nixl",
     "cuda_ipc": "transport.cuda_ipc",
     "inproc": "transport.inproc",

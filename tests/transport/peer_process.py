@@ -2,6 +2,7 @@
 
 python -m tests.transport.peer_process own SCHEME              says its description, expects tag "t", counts
 python -m tests.transport.peer_process write SCHEME HEX         writes all its blocks under tag "t"
+python -m tests.transport.peer_process pour SCHEME HEX          writes all its blocks under tag "t", again and again
 python -m tests.transport.peer_process storm SCHEME HEX         writes them over and over, also after a refusal
 python -m tests.transport.peer_process send SCHEME HEX          random blocks, in parts, in any order; says their digest
 python -m tests.transport.peer_process held HEX                 the same over cuda_ipc, and its GPU does not get to it
@@ -88,7 +89,15 @@ def own(scheme: str) -> None:
     notices: list[str] = []
     for _ in sys.stdin:
         notices += [notice.decode() for notice in landing.poll()]
-        say({"notices": notices, "written": landing.num_written(), "first": owned.block(0)[0], "pid": os.getpid()})
+        say(
+            {
+                "notices": notices,
+                "written": landing.num_written(),
+                "digest": landing.digest(),
+                "first": owned.block(0)[0],
+                "pid": os.getpid(),
+            }
+        )
     owned.transport.close()
 
 
@@ -99,6 +108,16 @@ def write(scheme: str, description: str) -> None:
     until(lambda: transfer.poll() is not TransferState.RUNNING, 10.0, "the write ends")
     say(transfer.poll().value)
     sys.stdin.read()
+
+
+def pour(scheme: str, description: str) -> None:
+    owned = Owned(make_transport(scheme, "127.0.0.1"), BLOCK_BYTES, NUM_BLOCKS, fill=7)
+    endpoint = owned.transport.connect(bytes.fromhex(description))
+    for turn in range(100_000):
+        transfer = endpoint.write("t", owned.blocks(range(NUM_BLOCKS)), owned.blocks(range(NUM_BLOCKS)))
+        until(lambda: transfer.poll() is not TransferState.RUNNING, 20.0, "the write ends")  # noqa: B023
+        if turn == 0:
+            say(transfer.poll().value)
 
 
 def storm(scheme: str, description: str) -> None:
@@ -168,6 +187,7 @@ if __name__ == "__main__":
     modes: dict[str, Callable[..., None]] = {
         "own": own,
         "write": write,
+        "pour": pour,
         "storm": storm,
         "send": send,
         "held": held,

@@ -17,7 +17,7 @@ from transport.conformance import finish
 from transport.faulty import Faults, FaultyTransport, parse_faults
 from transport.schemes import unavailable
 
-SCHEMES = ["inproc", "shm", "zmq", "cuda_ipc", *(["nixl"] if not unavailable("nixl") else [])]
+SCHEMES = ["inproc", "shm", "zmq", "cuda_ipc", *(each for each in ("nixl", "ucx") if not unavailable(each))]
 
 
 @contextmanager
