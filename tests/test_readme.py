@@ -16,6 +16,9 @@ SUPPORTED: list[tuple[str, str, str]] = [
     ("`0PyD`: plain vLLM behind the proxy", "yes", "engine/test_exact.py::test_cold_caches_one_at_a_time"),
     ("Chat and completions, streamed and not", "yes", "engine/test_exact.py::test_cold_caches_one_at_a_time"),
     ("Shared memory (`shm`) and TCP (`zmq`)", "yes", "engine/test_exact.py::test_cold_caches_one_at_a_time"),
+    ("NIXL (`nixl`), in host memory", "yes", "transport/test_nixl.py"),
+    ("UCX (`ucx`, through ucxx), in host memory", "yes", "transport/test_ucx.py"),
+    ("`cuda_ipc`, NIXL and UCX in GPU memory", "written, never measured, never chosen", "transport/test_cuda_ipc.py"),
     ("Chunked prefill, prefix caching", "yes", "engine/test_exact.py::test_one_side_warm"),
     (
         "float32 exact, bfloat16 within bounds",
