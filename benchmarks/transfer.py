@@ -19,7 +19,7 @@ from benchmarks.table import finding_lines
 from benchmarks.transfer_measure import Measurement
 from benchmarks.transfer_options import TransferOptions, parse
 from benchmarks.transfer_plan import cells_of, left_out
-from benchmarks.transfer_report import file_name, findings, markdown, picture_of
+from benchmarks.transfer_report import file_name, findings, markdown, picture_of, table_of
 from benchmarks.transfer_results import Absence, Run
 from benchmarks.transfer_summary import rows_of
 from benchmarks.transfer_table import absence_lines, explanation, text_tables
@@ -81,7 +81,7 @@ def _print(result: Run) -> None:
 
 
 def _publish(result: Run, options: TransferOptions) -> None:
-    """The results file, the picture beside it, and everything raw in the same folder."""
+    """The results file, and its picture and rows beside it."""
     path = file_name(result, options.markdown) if options.markdown is not None else None
     drawn = options.picture or (path.with_suffix(".svg") if path is not None else None)
     if drawn is not None:
@@ -89,7 +89,8 @@ def _publish(result: Run, options: TransferOptions) -> None:
         print(f"picture: {drawn}")
     if path is not None:
         path.write_text(markdown(result, drawn.name if drawn is not None else ""), encoding="utf-8")
-        print(f"results file: {path}")
+        path.with_suffix(".json").write_bytes(table_of(result))
+        print(f"results file: {path}, and its rows as JSON beside it")
 
 
 def _doubts(machine: Machine, options: TransferOptions) -> list[str]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from benchmarks import curves
 from benchmarks.publish import bullets, results_path, versions
 from benchmarks.summary import Finding
 from benchmarks.table import finding_lines
-from benchmarks.transfer_results import Run
-from benchmarks.transfer_summary import Row, findings_of, rows_of
+from benchmarks.transfer_results import Row, Run, Table
+from benchmarks.transfer_summary import findings_of, rows_of
 from benchmarks.transfer_table import absence_lines, explanation, markdown_tables, model_lines
 
 _HOW = """\
@@ -50,6 +52,12 @@ def markdown(run: Run, picture: str = "") -> str:
         bullets(explanation()),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def table_of(run: Run) -> bytes:
+    """What the figures are drawn from, as JSON, a row per line."""
+    table = Table(run.command, run.date, run.machine, run.versions, tuple(rows_of(run)))
+    return msgspec.json.encode(table).replace(b'{"system"', b'\n{"system"') + b"\n"
 
 
 def picture_of(run: Run) -> str:

@@ -29,6 +29,34 @@ class Absence(msgspec.Struct, frozen=True):
     why: str
 
 
+class Row(msgspec.Struct, frozen=True):
+    """One system at one cell. Seconds; p99_s only of enough samples; gb_per_s of all pairs together, None where the
+    transfer hides behind the computation; of_memcpy: memcpy's p50 by this one's."""
+
+    system: str
+    cell: Cell
+    num_samples: int
+    p50_s: float
+    p90_s: float
+    p99_s: float | None
+    min_s: float
+    max_s: float
+    held_s: float
+    gb_per_s: float | None
+    cpu_s_per_gb: float
+    of_memcpy: float | None
+
+
+class Table(msgspec.Struct, frozen=True):
+    """What is kept beside a results file: a run without its samples."""
+
+    command: str
+    date: str
+    machine: Machine
+    versions: dict[str, str]
+    rows: tuple[Row, ...]
+
+
 class Run(msgspec.Struct, frozen=True):
     """One `baton bench transfer`. versions: of what was compared. notes: what the sweep left out, and doubts."""
 

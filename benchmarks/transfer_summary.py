@@ -5,11 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-import msgspec
-
 from benchmarks.summary import Finding, percentile
 from benchmarks.transfer_plan import Cell
-from benchmarks.transfer_results import Run, Sample
+from benchmarks.transfer_results import Row, Run, Sample
 from benchmarks.transfer_systems import MEMCPY
 
 FEWEST_FOR_P99 = 100
@@ -20,24 +18,6 @@ SHARE_OF_RAW = 0.8
 PIECE_P50_S = 100e-6
 RAW = {"zmq": "pyzmq-raw", "ucx": "ucxx-raw"}
 """What each transport's own library reaches with the same pattern."""
-
-
-class Row(msgspec.Struct, frozen=True):
-    """One system at one cell. Seconds; p99_s only of enough samples; gb_per_s of all pairs together, None where the
-    transfer hides behind the computation; of_memcpy: memcpy's p50 by this one's."""
-
-    system: str
-    cell: Cell
-    num_samples: int
-    p50_s: float
-    p90_s: float
-    p99_s: float | None
-    min_s: float
-    max_s: float
-    held_s: float
-    gb_per_s: float | None
-    cpu_s_per_gb: float
-    of_memcpy: float | None
 
 
 def rows_of(run: Run) -> list[Row]:
@@ -121,5 +101,8 @@ def _p50(samples: Sequence[Sample]) -> float:
 def _finding(text: str, values: Sequence[tuple[Cell, float]], is_met: Callable[[float], bool]) -> Finding:
     if not values:
         return Finding(f"{text}: not measured", None)
-    shown = ", ".join(f"{value:.2f} at {cell.num_bytes / 1e6:,.1f} MB ({cell.model})" for cell, value in values)
-    return Finding(f"{text}: {shown}", all(is_met(value) for _, value in values))
+    low, high = (each(values, key=lambda pair: pair[1]) for each in (min, max))
+    places = [f"{value:.2f} ({cell.model}, {cell.num_bytes / 1e6:,.2f} MB)" for cell, value in (low, high)]
+    num_met = sum(is_met(value) for _, value in values)
+    shown = " to ".join(places if len(values) > 1 else places[:1])
+    return Finding(f"{text}: {shown}; so at {num_met} of {len(values)} payloads", num_met == len(values))

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from benchmarks.kv_models import KV_MODELS
 from benchmarks.transfer_plan import KV_BYTES_PER_S, Cell
-from benchmarks.transfer_results import Absence, Run
-from benchmarks.transfer_summary import FEWEST_FOR_P99, Row
+from benchmarks.transfer_results import Absence, Row, Run
+from benchmarks.transfer_summary import FEWEST_FOR_P99
 
 HEADER = (
     "system",

@@ -17,11 +17,11 @@ def shares(cores: Sequence[int], count: int) -> list[tuple[int, ...]]:
 
 
 def parse(text: str) -> tuple[int, ...]:
-    """vLLM's notation for one rank: `0,2-4`. Empty for `nobind`."""
+    """vLLM's notation: `0,2-4`, or `0,2|3,4` for two ranks, which get equal shares again. Empty for `nobind`."""
     if text == UNBOUND:
         return ()
     result: list[int] = []
-    for part in text.split("|")[0].split(","):
+    for part in text.replace("|", ",").split(","):
         first, _, last = part.partition("-")
         result.extend(range(int(first), int(last or first) + 1))
     return tuple(result)

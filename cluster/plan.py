@@ -15,11 +15,11 @@ from core.errors import ConfigError
 from core.handoff import Role
 from core.topology import Topology
 from engine.build import Build, Device
-from engine.instance import ENV_VLLM_CORES, InstanceSpec
-from engine.preflight import check_arguments, check_device, check_memory, check_model
+from engine.instance import ENV_VLLM_CORES, InstanceSpec, num_ranks
+from engine.preflight import check_arguments, check_device, check_memory, check_model, check_ranks
 from kvcache.spec import CacheSpec
 from transport.keys import read_keys
-from transport.schemes import unavailable
+from transport.schemes import wanted_schemes
 
 
 def instances(topology: Topology, options: ClusterOptions, proxy_url: str, build: Build) -> list[InstanceSpec]:
@@ -27,7 +27,7 @@ def instances(topology: Topology, options: ClusterOptions, proxy_url: str, build
     roles = [Role.PREFILL] * topology.num_prefill + [Role.DECODE] * topology.num_decode
     host = options.host if options.open_control else LOOPBACK
     ports = free_ports(len(roles), host)
-    shares = _cores(len(roles), build)
+    shares = _cores([num_ranks(options.arguments(role)) for role in roles], build)
     specs = [
         InstanceSpec(
             name=f"{role.value}-{index if role is Role.PREFILL else index - topology.num_prefill}",
@@ -61,9 +61,7 @@ def with_keys(options: ClusterOptions) -> ClusterOptions:
         return options
     path = os.path.abspath(options.keys)
     read_keys(path)
-    why = unavailable(options.transport, has_keys=True) if options.transport != "auto" else ""
-    if why:
-        raise ConfigError(f"--transport {options.transport}: {why}")
+    wanted_schemes(options.transport, has_keys=True)
     if options.cache is not None and options.cache.is_on_the_network:
         raise ConfigError(
             "--keys: caches of other hosts (listen=, peer=) send their blocks unencrypted: leave these words out of "
@@ -84,8 +82,11 @@ def check(specs: list[InstanceSpec], build: Build, cache_bytes: int = 0) -> None
     for spec in specs:
         spec.serve_arguments(build.device)
         check_device(build.device, plain=spec.plain)
-        check_arguments(spec.arguments, plain=spec.plain)
+        check_arguments(spec.arguments, plain=spec.plain, cached=cache_bytes > 0 or bool(spec.connector.get("cache")))
         check_model(spec.model.path, plain=spec.plain)
+        if not spec.plain:
+            wanted_schemes(spec.transport)
+        check_ranks(spec.model.path, num_ranks(spec.arguments))
     if build.device is Device.CPU:
         check_memory(specs, cache_bytes)
 
@@ -115,13 +116,16 @@ def start_of(options: ClusterOptions, build: Build) -> Start:
     return options.start or (Start.FORK if build.device is Device.CPU else Start.PLAIN)
 
 
-def _cores(count: int, build: Build) -> list[tuple[int, ...]]:
+def _cores(ranks: list[int], build: Build) -> list[tuple[int, ...]]:
+    """Of each instance: an equal share per tensor-parallel rank, of whichever instance it is."""
     if build.device is not Device.CPU:
-        return [()] * count
+        return [()] * len(ranks)
     given = os.environ.get(ENV_VLLM_CORES, "")
     if given not in cores.AUTOMATIC:
         try:
-            return [cores.parse(given)] * count
+            return [cores.parse(given)] * len(ranks)
         except ValueError as error:
             raise ConfigError(f"{ENV_VLLM_CORES}={given!r} is not a list of cores such as 0,2-4") from error
-    return cores.shares(sorted(os.sched_getaffinity(0)), count)
+    shares = iter(cores.shares(sorted(os.sched_getaffinity(0)), sum(ranks)))
+    mine = [[core for _ in range(count) for core in next(shares)] for count in ranks]
+    return [tuple(dict.fromkeys(of_instance)) for of_instance in mine]

@@ -6,6 +6,7 @@ A group counts as alive while /proc shows a member that is not a zombie; a kille
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -18,7 +19,9 @@ from transport.parent import tied
 
 STOP_TIMEOUT_S = 4.0
 KILL_TIMEOUT_S = 2.0
+TRACKER_TIMEOUT_S = 1.0
 _POLL_S = 0.02
+_SEGMENT = re.compile(r"/dev/shm/(?:psm_|vllm_dist_)\S+")
 
 
 class Child(Protocol):
@@ -68,17 +71,43 @@ def stop_groups(children: Sequence[Child], timeout_s: float = STOP_TIMEOUT_S) ->
     """SIGTERM to all heads at once, SIGKILL to what is left of the groups; returns when nothing of them lives.
 
     Only the head hears SIGTERM, it passes it on: a second one kills vLLM's engine core in the middle of its clean-up.
+    Nothing of theirs stays in /dev/shm: what they map is known now; what the dead had mapped is unlinked by Python's
+    resource trackers, which are therefore killed last.
     """
+    shared = _shared_memory({child.pid for child in children})
     for child in children:
         if child.poll() is None:
             with suppress(ProcessLookupError):
                 os.kill(child.pid, signal.SIGTERM)
     _wait(children, timeout_s)
     for group in living_groups({child.pid for child in children}):
+        for pid in group_members(group):
+            if not _is_resource_tracker(pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+    _wait(children, TRACKER_TIMEOUT_S)
+    for group in living_groups({child.pid for child in children}):
         signal_group(group, signal.SIGKILL)
     _wait(children, KILL_TIMEOUT_S)
     for child in children:
         child.poll()
+    for path in shared:
+        path.unlink(missing_ok=True)
+
+
+def _shared_memory(groups: Collection[int]) -> set[Path]:
+    """Segments of Python and of vLLM's tensor-parallel ranks that the groups' processes map."""
+    found = set()
+    for pid in (pid for pid, group in _groups() if group in groups):
+        with suppress(OSError):
+            found |= set(_SEGMENT.findall(Path(f"/proc/{pid}/maps").read_text()))
+    return {Path(name) for name in found}
+
+
+def _is_resource_tracker(pid: int) -> bool:
+    with suppress(OSError):
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 def _wait(children: Sequence[Child], timeout_s: float) -> None:

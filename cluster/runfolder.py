@@ -16,6 +16,7 @@ from pathlib import Path
 from core.errors import ConfigError
 
 _LOCK = "lock"
+_SHARED = Path("/dev/shm")
 _LONGEST_BASE = 40
 
 
@@ -44,7 +45,7 @@ class RunFolder:
 
     def remove(self) -> None:
         """Removes the folder with everything in it."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        _remove(self.path)
         os.close(self._lock)
 
 
@@ -64,11 +65,20 @@ def remove_stale(base: Path) -> list[Path]:
             lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
                 removed.append(path)
             finally:
                 os.close(lock)
     return removed
+
+
+def _remove(path: Path) -> None:
+    """Also the shared memory of vLLM's tensor-parallel ranks, which killed ones leave behind: it bears the name of the
+    file by which they found each other."""
+    for store in path.glob("*/vllm_dist_*"):
+        for segment in _SHARED.glob(f"{store.name}-*"):
+            segment.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _make_private(base: Path) -> None:

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 
 from cluster import plan
@@ -22,7 +23,7 @@ from cluster.runfolder import RunFolder
 from core.errors import BatonError
 from core.handoff import Role
 from engine.build import Build, installed_build
-from engine.instance import InstanceSpec, cache_folder
+from engine.instance import ENV_VLLM_CORES, InstanceSpec, cache_folder, num_ranks
 from transport.join import check_keys, parse_proxy_url
 from transport.keys import read_keys
 
@@ -66,9 +67,17 @@ def _spec(options: argparse.Namespace) -> InstanceSpec:
         port=port,
         join=options.join,
         transport=options.transport,
+        cores=_cores(options.passed),
         arguments=options.passed,
         connector=connector,
     )
+
+
+def _cores(arguments: Sequence[str]) -> tuple[int, ...]:
+    """vLLM binds one process by itself; several only where each has a memory node of its own, so they share evenly."""
+    if num_ranks(arguments) == 1 or os.environ.get(ENV_VLLM_CORES):
+        return ()
+    return tuple(sorted(os.sched_getaffinity(0)))
 
 
 def _member(spec: InstanceSpec, folder: RunFolder, build: Build) -> InstanceMember:

@@ -39,11 +39,13 @@ class Peer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: the instance's name, for people.
     control: address of its control socket, for example `tcp://127.0.0.1:40123`.
     boot_id: random per engine start; a restarted engine is another peer.
+    num_ranks: its tensor-parallel workers, each of which sends and receives its own heads.
     """
 
     name: Annotated[str, msgspec.Meta(max_length=LONGEST_NAME)]
     control: Annotated[str, msgspec.Meta(max_length=LONGEST_NAME)]
     boot_id: Annotated[str, msgspec.Meta(max_length=LONGEST_NAME)]
+    num_ranks: int = 1
 
 
 class Label(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -10,14 +10,22 @@ import hashlib
 
 import msgspec
 
-PROTOCOL_VERSION = 1
-"""History. 1: Accept, Decline, Cancel, Cancelled, Refused, Failed, Landed."""
+PROTOCOL_VERSION = 2
+"""History. 1: Accept, Decline, Cancel, Cancelled, Refused, Failed, Landed. 2: Greeting. 3: tensor-parallel ranks: an
+Accept names each rank's transports and how many senders are awaited, Landed has a part for each pair of ranks."""
+
+HEADS_OUTERMOST = "LBHNC"
+"""vLLM's name of the order layer, block, head, token, content: there a head of a block is one range of bytes."""
 
 
 class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The shape of one (layer, block) and the identity of the model that fills it.
 
-    block_bytes: bytes of one block of one layer, K and V together.
+    How many tensor-parallel ranks share the heads is not part of it (see transport/runs.py), so instances of different
+    sizes may exchange blocks.
+
+    num_kv_heads: of the model, over all ranks, each counted once.
+    block_bytes: bytes of one block of one layer, K and V together, of all heads.
     block_size: tokens of one block.
     order: vLLM's name of the layout plus the interior packing, for example `LBHNC`.
     isa: the CPU attention's packing of the block interior (`amx`, `vec`, ...), empty on a GPU.
@@ -34,6 +42,21 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     order: str
     isa: str
     protocol: int = PROTOCOL_VERSION
+
+    @property
+    def head_bytes(self) -> int:
+        """Of one head in one block of one layer, K and V together."""
+        return self.block_bytes // self.num_kv_heads
+
+    @property
+    def has_heads_in_one_piece(self) -> bool:
+        """Whether a head of a block is one range of bytes."""
+        return self.order == HEADS_OUTERMOST
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one token of one head, K and V together; 0 where a block's interior is packed, or ordered otherwise."""
+        return self.head_bytes // self.block_size if self.has_heads_in_one_piece and not self.isa else 0
 
     def fingerprint(self) -> str:
         """32 hex digits over every field."""

@@ -6,10 +6,11 @@ Threads: none of its own; the receiver's lock guards it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from core.handoff import Peer
 from core.prompt import Prompt
+from decode.land import Lost, Received
 from transport.handoff import Receiving
 from transport.messages import Accept
 
@@ -20,7 +21,7 @@ SILENT_PEER_S = 5.0
 @dataclass
 class Incoming:
     """One hand-off as the decode side sees it: tokens found in the engine's cache, then those of the KV cache's tiers,
-    then those asked from P. `retried`: it failed, and the engine computes the prompt."""
+    then those asked from P. `retried`: it failed, and the engine computes the prompt. ended: how, by our ranks."""
 
     prompt: Prompt
     prefill: Peer
@@ -33,6 +34,8 @@ class Incoming:
     retried: bool = False
     client_gone: bool = False
     accept: Accept | None = None
+    armed_ranks: set[int] = field(default_factory=set)
+    ended: dict[int, Received | Lost] = field(default_factory=dict)
     revoked_s: float = 0.0
     why: str = ""
 

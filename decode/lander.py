@@ -11,14 +11,17 @@ Memory and threads: the engine's worker thread only. The transports' threads wri
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from core.clock import Clock
 from decode.land import Arm, Check, Drop, LandCommands, LandResults, Lost, Received
 from transport.base import Blocks, Landing, Region, Transport
-from transport.digest import add, blocks_digest
+from transport.digest import add, blocks_digest, is_full
 from transport.faultpoint import FaultPoint
+from transport.messages import Part
+from transport.regions import part_of
+from transport.runs import Lane
 
 AUDIT_BYTE = 0xFF
 """Every float type of the cache reads this pattern as NaN."""
@@ -31,21 +34,41 @@ NOTICE_TIMEOUT_S = 5.0
 
 
 @dataclass
+class _Source:
+    """One sending rank: a landing per transport that was offered, and what that rank says that it wrote."""
+
+    lane: Lane
+    landings: dict[str, Landing]
+    part: Part | None = None
+    has_notice: bool = False
+
+    def why_unknown(self) -> str:
+        """Why its word cannot be checked; empty if it can."""
+        if self.part is None:
+            return f"rank {self.lane.sender} of the sender does not say what it wrote"
+        return "" if self.part.scheme in self.landings else f"unknown transport {self.part.scheme!r}"
+
+
+@dataclass
 class _Landing:
-    """One hand-off that is being received; a landing per transport that was offered."""
+    """One hand-off that is being received."""
 
     arm: Arm
-    landings: dict[str, Landing]
-    notices: dict[str, list[bytes]] = field(default_factory=dict)
+    sources: list[_Source]
     check: Check | None = None
     check_since_s: float = 0.0
     drop: Drop | None = None
     drop_since_s: float = 0.0
     fenced: bool = False
 
+    def all(self) -> Iterator[Landing]:
+        """Of every sending rank and transport."""
+        return (landing for source in self.sources for landing in source.landings.values())
+
 
 class Lander:
-    """Receives every hand-off of this worker. `regions` are its KV cache, one per layer in layer order."""
+    """Receives every hand-off of this worker, which is one tensor-parallel rank. `regions` are its KV cache, one per
+    layer in layer order."""
 
     def __init__(
         self,
@@ -53,7 +76,9 @@ class Lander:
         regions: Sequence[Region],
         clock: Clock,
         faults: FaultPoint,
+        rank: int = 0,
     ) -> None:
+        self._rank = rank
         self._transports = transports
         self._regions = regions
         self._clock = clock
@@ -69,6 +94,9 @@ class Lander:
             landing = self._open.get(check.handoff)
             if landing is not None:
                 landing.check, landing.check_since_s = check, self._clock.monotonic_s()
+                for source in landing.sources:
+                    pair = source.lane.sender, self._rank
+                    source.part = next((part for part in check.parts if (part.sender, part.receiver) == pair), None)
         for drop in commands.drop:
             landing = self._open.get(drop.handoff)
             if landing is not None:
@@ -91,10 +119,14 @@ class Lander:
     def _arm(self, arm: Arm) -> None:
         if arm.audit:
             self._fill(arm.block_ids)
-        blocks = [Blocks(region.id, tuple(arm.block_ids)) for region in self._regions]
-        landings = {scheme: transport.expect(arm.handoff, blocks) for scheme, transport in self._transports.items()}
-        self._open[arm.handoff] = _Landing(arm, landings)
-        self._results.armed.append(arm.handoff)
+        sources = [self._expect(arm, lane) for lane in arm.lanes if lane.receiver == self._rank]
+        self._open[arm.handoff] = _Landing(arm, sources)
+        self._results.armed.append((arm.handoff, self._rank))
+
+    def _expect(self, arm: Arm, lane: Lane) -> _Source:
+        ids, tag = tuple(arm.block_ids), lane.tag(arm.handoff)
+        blocks = [Blocks(region.id, ids, lane.receiver_start, lane.num_bytes) for region in self._regions]
+        return _Source(lane, {scheme: transport.expect(tag, blocks) for scheme, transport in self._transports.items()})
 
     def _settle(self, landing: _Landing) -> bool:
         """Whether the hand-off has ended."""
@@ -102,23 +134,29 @@ class Lander:
             return self._settle_dropped(landing, landing.drop)
         if landing.check is None:
             return False
-        check = landing.check
-        source = landing.landings.get(check.scheme)
-        if source is None:
-            return self._lose(landing, f"unknown transport {check.scheme!r}")
-        if check.handoff.encode() not in source.poll():
-            overdue = self._clock.monotonic_s() - landing.check_since_s > NOTICE_TIMEOUT_S
-            return self._lose(landing, "the notice behind the data did not come") if overdue else False
+        check, is_overdue = landing.check, self._clock.monotonic_s() - landing.check_since_s > NOTICE_TIMEOUT_S
+        for source in landing.sources:
+            if why := source.why_unknown():
+                return self._lose(landing, why)
+        if not all(self._has_notice(source, check) for source in landing.sources):
+            return self._lose(landing, "the notice behind the data did not come") if is_overdue else False
         begun_s = self._clock.monotonic_s()
-        why = self._compare(landing, source, check)
-        if why:
-            return self._lose(landing, why)
+        for source in landing.sources:
+            if why := self._compare(landing, source, check):
+                return self._lose(landing, why)
         self._receive(landing, self._clock.monotonic_s() - begun_s)
         return True
 
+    def _has_notice(self, source: _Source, check: Check) -> bool:
+        assert source.part is not None
+        notices = source.landings[source.part.scheme].poll()
+        source.has_notice = source.has_notice or check.handoff.encode() in notices
+        return source.has_notice
+
     def _settle_dropped(self, landing: _Landing, drop: Drop) -> bool:
-        if landing.fenced or all(self._is_fenced(landing, source) for source in landing.landings.values()):
-            self._results.lost.append(Lost(landing.arm.handoff, landing.arm.request_id, drop.why))
+        if landing.fenced or all(self._is_fenced(landing, each) for each in landing.all()):
+            self._close(landing)  # what a failed path has sent may still arrive: refused where it can be
+            self._results.lost.append(Lost(landing.arm.handoff, landing.arm.request_id, drop.why, self._rank))
             return True
         return False
 
@@ -134,23 +172,28 @@ class Lander:
             return False
         return self._clock.monotonic_s() - landing.drop_since_s > DEAD_PEER_GRACE_S
 
-    def _compare(self, landing: _Landing, source: Landing, check: Check) -> str:
-        """Why what arrived is not what was sent; empty if it is."""
-        expected = len(landing.arm.block_ids) * len(self._regions)
-        if check.num_pairs != expected:
-            return f"sent {check.num_pairs} of {expected} blocks"
-        written = source.num_written()
+    def _compare(self, landing: _Landing, source: _Source, check: Check) -> str:
+        """Why what arrived from one rank is not what was sent; empty if it is."""
+        part, block_ids = source.part, landing.arm.block_ids
+        assert part is not None
+        expected = len(block_ids) * len(self._regions)
+        if part.num_pairs != expected:
+            return f"sent {part.num_pairs} of {expected} blocks"
+        arrived = source.landings[part.scheme]
+        written = arrived.num_written()
         if written is not None and written != expected:
             return f"received {written} of {expected} blocks"
-        digest = source.digest()
-        if digest is None or not check.full_digest:
-            digest = self._digest(landing.arm.block_ids, full=check.full_digest)
-        return "" if digest == check.digest else "digest differs: a block is torn, misplaced or flipped"
+        full = is_full(part.scheme, check.full_digest)
+        digest = arrived.digest()
+        if digest is None or not full:
+            digest = self._digest(block_ids, source.lane, full=full)
+        return "" if digest == part.digest else "digest differs: a block is torn, misplaced or flipped"
 
-    def _digest(self, block_ids: list[int], *, full: bool) -> int:
+    def _digest(self, block_ids: list[int], lane: Lane, *, full: bool) -> int:
         total = 0
         for region in self._regions:
-            total = add(total, blocks_digest(region, block_ids, 0, full=full))
+            part = part_of(region, lane.receiver_start, lane.num_bytes)
+            total = add(total, blocks_digest(part, block_ids, 0, full=full))
         return total
 
     def _receive(self, landing: _Landing, check_s: float) -> None:
@@ -166,6 +209,7 @@ class Lander:
                 check_s=check_s,
                 audited=audited,
                 unwritten=unwritten,
+                rank=self._rank,
             )
         )
         self._close(landing)
@@ -173,12 +217,12 @@ class Lander:
     def _lose(self, landing: _Landing, why: str) -> bool:
         """Landed has come, so the sender has finished writing: no fence is missing."""
         self._close(landing)
-        self._results.lost.append(Lost(landing.arm.handoff, landing.arm.request_id, why))
+        self._results.lost.append(Lost(landing.arm.handoff, landing.arm.request_id, why, self._rank))
         return True
 
     def _close(self, landing: _Landing) -> None:
-        for source in landing.landings.values():
-            source.close()
+        for each in landing.all():
+            each.close()
 
     def _fill(self, block_ids: list[int]) -> None:
         for region in self._regions:

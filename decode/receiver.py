@@ -23,20 +23,21 @@ from core.prompt import Prompt
 from decode.accounts import Account, Accounts
 from decode.admission import Capacity, Limits, RecomputeBudget, fits
 from decode.incoming import Incoming, IncomingTable
-from decode.land import Arm, Check, Drop, LandCommands, LandResults, Received
+from decode.land import Arm, Check, Drop, LandCommands, LandResults, Lost, Received, together
 from decode.peers import LostPeers
-from transport.digest import is_full
 from transport.handoff import Event, Receiving, advance_receiving, allows
 from transport.messages import Accept, Cancel, Cancelled, Decline, Failed, Landed, Message, Refused
 from transport.ports import Ports
+from transport.runs import lanes, objection
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What this instance offers to senders. audit: fill blocks with a pattern before Accept and count afterwards."""
+    """What this instance offers to senders. schemes: by tensor-parallel rank. audit: fill blocks with a pattern before
+    Accept and count afterwards."""
 
     layout: KVLayout
-    schemes: list[tuple[str, bytes]]
+    schemes: list[list[tuple[str, bytes]]]
     full_digest: bool = False
     audit: bool = False
 
@@ -79,6 +80,8 @@ class Receiver:
             if missing < self._min_tokens:
                 self._decline(incoming, "cached" if found_tokens else "short")
                 return 0
+            if why := self._objection(prefill):
+                return self._fall_back(incoming, why)
             if prefill.boot_id in self._lost_peers:
                 return self._fall_back(incoming, "the prefill instance died")
             if self._ports.clock.monotonic_s() > incoming.deadline_s:
@@ -110,7 +113,8 @@ class Receiver:
             incoming.block_ids = tuple(wanted)
             incoming.accept = self._accept(incoming, first)
             self._move(incoming, Event.RESERVE)
-            self._commands.arm.append(Arm(incoming.id, request_id, list(wanted), self._offer.audit))
+            between = lanes(self._offer.layout, incoming.prefill.num_ranks, self._me.num_ranks)
+            self._commands.arm.append(Arm(incoming.id, request_id, list(wanted), self._offer.audit, between))
             self._ports.faults.reach("reserved")
             if not self._offer.audit:
                 self._send_accept(incoming)
@@ -161,16 +165,10 @@ class Receiver:
     def on_results(self, results: LandResults) -> None:
         """The worker's answer after a step; the engine has seen received and lost requests already."""
         with self._lock:
-            for handoff in results.armed:
-                incoming = self._all.get(handoff)
-                if incoming is not None and self._offer.audit and incoming.state is Receiving.RESERVED:
-                    self._send_accept(incoming)
-            for received in results.received:
-                self._on_received(received)
-            for lost in results.lost:
-                incoming = self._all.get(lost.handoff)
-                if incoming is not None:
-                    self._on_lost(incoming, lost.why)
+            for handoff, rank in results.armed:
+                self._on_armed(handoff, rank)
+            for ended in results.ended():
+                self._on_ended(ended)
 
     def num_waiting(self) -> int:
         """Hand-offs with reserved blocks."""
@@ -231,6 +229,12 @@ class Receiver:
 
     # ---- inside the lock ----
 
+    def _objection(self, prefill: Peer) -> str:
+        """Why blocks cannot come from this peer's ranks; empty if they can."""
+        why = objection(self._offer.layout, prefill.num_ranks, self._me.num_ranks)
+        sizes = f"{self._me.name} has {self._me.num_ranks} ranks, {prefill.name} {prefill.num_ranks}"
+        return f"tensor parallel sizes: {sizes}: {why}" if why else ""
+
     def _num_blocks(self, num_tokens: int, found_tokens: int) -> int:
         return -(-num_tokens // self._block_size) - found_tokens // self._block_size
 
@@ -246,6 +250,7 @@ class Receiver:
             schemes=self._offer.schemes,
             full_digest=self._offer.full_digest,
             timeout_s=max(incoming.deadline_s - self._ports.clock.monotonic_s(), 1.0),
+            num_senders=incoming.prefill.num_ranks,
         )
 
     def _send_accept(self, incoming: Incoming) -> None:
@@ -283,12 +288,11 @@ class Receiver:
         elif allows(incoming.state, Event.LANDED):
             self._move(incoming, Event.LANDED)
             account = self._account(incoming)
-            account.transport = landed.scheme
+            account.transport = "+".join(sorted({part.scheme for part in landed.parts}))
             account.moments["moving"] = landed.moving_unix_s
             account.moments["last_layer"] = landed.last_layer_unix_s
             self._ports.faults.reach("checking")
-            full = is_full(landed.scheme, self._offer.full_digest)
-            self._commands.check.append(Check(incoming.id, landed.num_pairs, landed.digest, landed.scheme, full))
+            self._commands.check.append(Check(incoming.id, landed.parts, self._offer.full_digest))
 
     def _explain(self, refused: Refused) -> str:
         if refused.layout is None:
@@ -309,10 +313,30 @@ class Receiver:
         self._move(incoming, event)
         self._commands.drop.append(Drop(incoming.id, fenced=True, why=why))
 
-    def _on_received(self, received: Received) -> None:
-        incoming = self._all.get(received.handoff)
+    def _on_armed(self, handoff: str, rank: int) -> None:
+        incoming = self._all.get(handoff)
         if incoming is None:
             return
+        incoming.armed_ranks.add(rank)
+        is_ready = len(incoming.armed_ranks) == self._me.num_ranks
+        if is_ready and self._offer.audit and incoming.state is Receiving.RESERVED:
+            self._send_accept(incoming)
+
+    def _on_ended(self, ended: Received | Lost) -> None:
+        """On one rank; the engine, too, waits for the last."""
+        incoming = self._all.get(ended.handoff)
+        if incoming is None:
+            return
+        incoming.ended[ended.rank] = ended
+        if len(incoming.ended) < self._me.num_ranks:
+            return
+        outcome = together(list(incoming.ended.values()))
+        if isinstance(outcome, Received):
+            self._on_received(incoming, outcome)
+        else:
+            self._on_lost(incoming, outcome.why)
+
+    def _on_received(self, incoming: Incoming, received: Received) -> None:
         self._move(incoming, Event.GOOD)
         full_tokens = received.num_pairs // self._offer.layout.num_layers * self._block_size
         handed_over = min(full_tokens, incoming.asked_tokens)

@@ -29,8 +29,8 @@ from vllm.v1.request import RequestStatus
 
 from engine import internals
 from engine.guard import never_raises
-from engine.layout import layout_of, refuse_unsupported
-from engine.scheduler_side import SchedulerSide
+from engine.layout import layout_of, refuse_cache_of_ranks, refuse_unsupported
+from engine.scheduler_side import Pool, SchedulerSide
 from engine.settings import ConnectorSettings
 from engine.steps import Handshake, StepOrders, StepResults
 from engine.worker_side import WorkerSide
@@ -49,15 +49,18 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):
         internals.check()
         refuse_unsupported(vllm_config, kv_cache_config)
         settings = ConnectorSettings.parse(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        refuse_cache_of_ranks(settings.cache, vllm_config.parallel_config.tensor_parallel_size)
         layout = layout_of(vllm_config, kv_cache_config)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._results: StepResults | None = None
         if role is KVConnectorRole.SCHEDULER:
             algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)
-            self._scheduler = SchedulerSide(settings, layout, kv_cache_config.num_blocks, algorithm)
+            pool = Pool(kv_cache_config.num_blocks, vllm_config.parallel_config.tensor_parallel_size)
+            self._scheduler = SchedulerSide(settings, layout, pool, algorithm)
         else:
-            self._worker = WorkerSide(settings, layout.block_size, vllm_config.device_config.device_type)
+            rank = internals.tensor_parallel_rank()
+            self._worker = WorkerSide(settings, layout, rank, vllm_config.device_config.device_type)
 
     # ---- worker ----
 
@@ -125,10 +128,10 @@ class BatonConnector(KVConnectorBase_V1, SupportsHMA):
     # ---- scheduler ----
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
-        """The worker's memory is known: join the proxy."""
-        handshake = metadata[0, 0]
-        if self._scheduler is not None and isinstance(handshake, Handshake):
-            self._scheduler.start(handshake)
+        """Every worker's memory is known, by pipeline and tensor-parallel rank: join the proxy."""
+        handshakes = [metadata[rank] for rank in sorted(metadata)]
+        if self._scheduler is not None and all(isinstance(each, Handshake) for each in handshakes):
+            self._scheduler.start(handshakes)
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         """Gives admission the pool's fill."""

@@ -6,6 +6,7 @@ What a user passes through always wins over the defaults added here; what Baton 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ DRAIN_TIMEOUT_S = 2
 ENV_DIE_WITH_PARENT = "BATON_DIE_WITH_PARENT"
 ENV_ENGINE_CORES = "BATON_ENGINE_CORES"
 ENV_VLLM_CORES = "VLLM_CPU_OMP_THREADS_BIND"
+ENV_NO_COMPILE = "TORCH_COMPILE_DISABLE"
+TENSOR_PARALLEL = ("--tensor-parallel-size", "-tp")
 
 _OURS = ("--host", "--port", "--model", "--kv-transfer-config")
 _EAGER = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-cc", "-O", "--optimization-level")
@@ -119,10 +122,36 @@ class InstanceSpec(msgspec.Struct, frozen=True):
     def _variables_of_cpu(self) -> dict[str, str]:
         """Engine core and worker in one process (the worker of a second one would spin), on cores of their own."""
         result = {"VLLM_ENABLE_V1_MULTIPROCESSING": os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "0")}
+        if num_ranks(self.arguments) > 1 and not self._compiles():
+            result[ENV_NO_COMPILE] = "1"
         if self.cores:
-            cores = ",".join(map(str, self.cores))
-            result |= {ENV_VLLM_CORES: cores, ENV_ENGINE_CORES: cores, "OMP_NUM_THREADS": str(len(self.cores))}
+            ranks = [",".join(map(str, share)) for share in self._cores_of_ranks()]
+            result |= {ENV_VLLM_CORES: "|".join(ranks), ENV_ENGINE_CORES: ",".join(map(str, self.cores))}
+            result["OMP_NUM_THREADS"] = str(max(len(self.cores) // len(ranks), 1))
         return result
+
+    def _compiles(self) -> bool:
+        """Whether the user asked for compiled models; without, vLLM still compiles one mask of tensor parallelism,
+        with a C++ compiler, for half a minute at the first request."""
+        given = Arguments(self.arguments)
+        return given.has(*_EAGER) and not given.has("--enforce-eager")
+
+    def _cores_of_ranks(self) -> list[tuple[int, ...]]:
+        """Equal shares of neighbouring cores; with fewer cores than ranks, one each, wrapping around."""
+        count = num_ranks(self.arguments)
+        size = max(len(self.cores) // count, 1)
+        firsts = [rank * size % len(self.cores) for rank in range(count)]
+        return [self.cores[first : first + size] for first in firsts]
+
+
+def num_ranks(arguments: Sequence[str]) -> int:
+    """How many tensor-parallel workers an instance has. Raises ConfigError if that is no number."""
+    given = Arguments(arguments).value(*TENSOR_PARALLEL)
+    if given is None:
+        return 1
+    if not given.isdigit() or int(given) < 1:
+        raise ConfigError(f"{TENSOR_PARALLEL[0]} {given!r} is not a number of at least 1")
+    return int(given)
 
 
 def url_of(host: str, port: int) -> str:

@@ -69,6 +69,18 @@ def attention_isa(dtype: torch.dtype, block_size: int, head_size: int) -> str:
     return str(_get_attn_isa(dtype, block_size, head_size))
 
 
+def tensor_parallel_rank() -> int:
+    """Of this worker. Relies on the rank being known before the connector is made."""
+    from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+    return int(get_tensor_model_parallel_rank())
+
+
+def num_kv_heads(model_config: Any) -> int:
+    """Of the whole model, as its blocks hold them: MLA keeps one for all."""
+    return 1 if model_config.use_mla else int(model_config.get_total_num_kv_heads())
+
+
 class IdleSleep:
     """Lets an engine that only waits for a peer sleep until a request or a message comes.
 

@@ -9,8 +9,9 @@ import torch
 from core.errors import UnsupportedError
 from core.layout import KVLayout
 from engine.identity import model_identity
-from engine.internals import attention_isa
+from engine.internals import attention_isa, num_kv_heads
 from transport.base import Region
+from transport.runs import heads_of
 
 
 def refuse_unsupported(config: Any, kv_cache_config: Any) -> None:
@@ -19,13 +20,14 @@ def refuse_unsupported(config: Any, kv_cache_config: Any) -> None:
 
     parallel = config.parallel_config
     sizes = {
-        "tensor": parallel.tensor_parallel_size,
         "pipeline": parallel.pipeline_parallel_size,
         "data": parallel.data_parallel_size,
     }
     for name, size in sizes.items():
         if size > 1:
-            raise UnsupportedError(f"{name} parallel size {size}: Baton hands off between instances of size 1 only")
+            raise UnsupportedError(
+                f"{name} parallel size {size}: Baton hands off between instances of {name} parallel size 1 only"
+            )
     if config.speculative_config is not None:
         raise UnsupportedError("speculative decoding is not supported with hand-off; leave --speculative-config out")
     if str(config.cache_config.cache_dtype) not in ("auto", "float16", "bfloat16", "float32"):
@@ -41,10 +43,21 @@ def refuse_unsupported(config: Any, kv_cache_config: Any) -> None:
         raise UnsupportedError('kv_load_failure_policy must be "recompute" in --kv-transfer-config')
 
 
+def refuse_cache_of_ranks(cache: str, num_ranks: int) -> None:
+    """Raises UnsupportedError for the host's KV cache behind more than one tensor-parallel rank."""
+    if cache and num_ranks > 1:
+        raise UnsupportedError(
+            f"the host's KV cache (--cache) keeps blocks of tensor parallel size 1 only, not {num_ranks}: leave one out"
+        )
+
+
 def layout_of(config: Any, kv_cache_config: Any) -> KVLayout:
     """The layout of a supported vLLM configuration."""
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
     model = config.model_config
+    num_heads = spec.num_kv_heads
+    if config.parallel_config.tensor_parallel_size > 1:
+        num_heads = _num_heads_of_all(model, spec.num_kv_heads, config.parallel_config.tensor_parallel_size)
     extra = {
         "load_format": str(config.load_config.load_format),
         "seed": str(model.seed) if str(config.load_config.load_format) == "dummy" else "",
@@ -55,13 +68,23 @@ def layout_of(config: Any, kv_cache_config: Any) -> KVLayout:
         model=model_identity(model.hf_config.to_dict(), model.model, model.revision, extra),
         dtype=str(spec.dtype).removeprefix("torch."),
         num_layers=len(kv_cache_config.kv_cache_groups[0].layer_names),
-        num_kv_heads=spec.num_kv_heads,
+        num_kv_heads=num_heads,
         head_size=spec.head_size,
         block_size=spec.block_size,
-        block_bytes=spec.page_size_bytes,
+        block_bytes=spec.page_size_bytes // spec.num_kv_heads * num_heads,
         order=str(kv_cache_config.kv_cache_layout),
         isa=attention_isa(spec.dtype, spec.block_size, spec.head_size),
     )
+
+
+def _num_heads_of_all(model: Any, of_rank: int, num_ranks: int) -> int:
+    """Over all ranks, each counted once. Raises UnsupportedError if a rank holds others than transport/runs.py says."""
+    total = num_kv_heads(model)
+    if max(total, num_ranks) % min(total, num_ranks) or of_rank != len(heads_of(total, num_ranks, 0)):
+        raise UnsupportedError(
+            f"tensor parallel size {num_ranks}: each rank keeps {of_rank} of {total} KV heads, which is not supported"
+        )
+    return total
 
 
 def regions_of(kv_caches: dict[str, torch.Tensor]) -> list[Region]:

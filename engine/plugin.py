@@ -11,10 +11,17 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import re
 from collections.abc import Mapping
 
 from engine.instance import ENV_DIE_WITH_PARENT, ENV_ENGINE_CORES
 from transport.parent import die_with_parent
+
+_RANK_CORES = {
+    "KMP_AFFINITY": r"proclist=\[([\d,]+)\]",
+    "GOMP_CPU_AFFINITY": r"^([\d ]+)$",
+    "OMP_PLACES": r"^\{([\d,]+)\}$",
+}
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +49,21 @@ def allow_amx() -> None:
 
 def bind_engine(environment: Mapping[str, str]) -> None:
     """Keeps the engine's threads, but not the API server's, on the cores that the launcher gave it."""
-    cores = environment.get(ENV_ENGINE_CORES, "")
+    cores = engine_cores(environment)
     if cores:
         with contextlib.suppress(OSError):  # a core that was taken away meanwhile: run where the system allows
-            os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
+            os.sched_setaffinity(0, cores)
+
+
+def engine_cores(environment: Mapping[str, str]) -> set[int]:
+    """The cores of this process: of a tensor-parallel rank its share, of the engine's core all. Empty: not bound.
+
+    vLLM tells a rank its share by the variable of whichever OpenMP library it found (`OMPProcessManager`).
+    """
+    given = {int(core) for core in environment.get(ENV_ENGINE_CORES, "").split(",") if core}
+    for name, pattern in _RANK_CORES.items():
+        listed = re.search(pattern, environment.get(name, ""))
+        share = {int(core) for core in re.findall(r"\d+", listed[1])} if listed else set()
+        if share and share < given:
+            return share
+    return given

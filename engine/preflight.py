@@ -16,12 +16,11 @@ from typing import Any
 from core.errors import ConfigError, UnsupportedError
 from engine.arguments import Arguments
 from engine.build import Device
-from engine.instance import InstanceSpec
+from engine.instance import TENSOR_PARALLEL, InstanceSpec, num_ranks
 
 INSTANCE_OVERHEAD_BYTES = 600 << 20
 _UNQUANTISED = ("auto", "bfloat16", "float16", "float32", "half", "float")
 _PARALLEL = {
-    "tensor parallel": ("--tensor-parallel-size", "-tp"),
     "pipeline parallel": ("--pipeline-parallel-size", "-pp"),
     "data parallel": ("--data-parallel-size", "-dp"),
     "prefill context parallel": ("--prefill-context-parallel-size", "-pcp"),
@@ -48,10 +47,15 @@ def check_device(device: Device, *, plain: bool) -> None:
         )
 
 
-def check_arguments(arguments: Sequence[str], *, plain: bool) -> None:
-    """Raises UnsupportedError naming the first argument that no test covers."""
+def check_arguments(arguments: Sequence[str], *, plain: bool, cached: bool = False) -> None:
+    """Raises UnsupportedError naming the first argument that no test covers. cached: behind the host's KV cache."""
+    ranks = num_ranks(arguments)
     if plain:
         return
+    if cached and ranks > 1:
+        raise UnsupportedError(
+            f"tensor parallel size {ranks} ({TENSOR_PARALLEL[0]}) with --cache is not supported: leave one out"
+        )
     given = Arguments(arguments)
     for name, options in _PARALLEL.items():
         size = given.value(*options)
@@ -75,12 +79,28 @@ def check_model(model: str, *, plain: bool) -> None:
             raise UnsupportedError(f"{kind} are not supported: {model} is a {config.get('model_type', 'model')} model")
 
 
+def check_ranks(model: str, ranks: int) -> None:
+    """Raises ConfigError for a tensor parallel size that cannot share the model's heads equally."""
+    config = (_config_of(model) if ranks > 1 else None) or {}
+    config = config | (config.get("text_config") or {})
+    for kind in ("num_attention_heads", "num_key_value_heads"):
+        heads = config.get(kind)
+        if not isinstance(heads, int) or heads < 1:
+            continue
+        fewer = kind == "num_key_value_heads" and heads < ranks  # ranks may keep the same KV head
+        if max(heads, ranks) % min(heads, ranks) or (heads < ranks and not fewer):
+            raise ConfigError(
+                f"tensor parallel size {ranks} ({TENSOR_PARALLEL[0]}) cannot share the {kind} {heads} of {model} "
+                f"equally: give a size that divides it"
+            )
+
+
 def check_memory(specs: Sequence[InstanceSpec], cache_bytes: int = 0) -> None:
     """Raises ConfigError if KV caches and weights would not fit into this machine's free memory."""
     wanted = sum(_bytes_of(spec) for spec in specs) + cache_bytes
     free = free_memory_bytes()
     if wanted > free:
-        kv = " + ".join(f"{_kv_bytes(spec) / 2**30:.1f}" for spec in specs)
+        kv = " + ".join(f"{num_ranks(spec.arguments) * _kv_bytes(spec) / 2**30:.1f}" for spec in specs)
         raise ConfigError(
             f"too little memory: {len(specs)} instance(s) need about {wanted / 2**30:.1f} GiB (KV cache {kv} GiB, "
             f"{_shared(cache_bytes)}the rest is weights and processes), {free / 2**30:.1f} GiB are free; lower "
@@ -177,7 +197,8 @@ def _shared(cache_bytes: int) -> str:
 def _bytes_of(spec: InstanceSpec) -> int:
     folder = Path(spec.model.path)
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
-    return _kv_bytes(spec) + weights + INSTANCE_OVERHEAD_BYTES
+    ranks = num_ranks(spec.arguments)
+    return ranks * (_kv_bytes(spec) + INSTANCE_OVERHEAD_BYTES) + weights
 
 
 def _kv_bytes(spec: InstanceSpec) -> int:

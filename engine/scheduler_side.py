@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.logger import init_logger
@@ -20,6 +21,7 @@ from core.topology import InstanceInfo
 from decode.accounts import Accounts
 from decode.admission import Capacity
 from decode.receiver import Offer, Receiver
+from engine.acquaintances import Acquaintances, OwnWorker
 from engine.arrivals import Arrived
 from engine.cache_side import CacheScheduler, refuse_hash
 from engine.correspondence import Correspondence
@@ -42,16 +44,24 @@ GROWTH_BLOCKS = 4
 _log = init_logger("vllm.baton")
 
 
+@dataclass(frozen=True)
+class Pool:
+    """The engine's KV cache: blocks, and tensor-parallel ranks that keep each of them, heads apart."""
+
+    num_blocks: int
+    num_ranks: int
+
+
 class SchedulerSide:
     """One instance's hand-off scheduling."""
 
     def __init__(
-        self, settings: ConnectorSettings, layout: KVLayout, num_blocks: int, hash_algorithm: str = "sha256"
+        self, settings: ConnectorSettings, layout: KVLayout, pool: Pool, hash_algorithm: str = "sha256"
     ) -> None:
         self._settings = settings
         self._layout = layout
         self._fingerprint = layout.fingerprint()
-        self._num_blocks = num_blocks
+        self._num_blocks = pool.num_blocks
         self._sleep = IdleSleep()
         self._free_blocks: Callable[[], int] = lambda: 0
         self._num_watched = 0
@@ -59,10 +69,11 @@ class SchedulerSide:
         self._begun_s = 0.0
         self._num_prompt_tokens = 0
         self._num_gated = 0
-        self._schemes: list[tuple[str, bytes]] = []
+        self._schemes: list[str] = []
         self._join: JoinThread | None = None
+        self._acquaintances: Acquaintances | None = None
         self._receiver: Receiver | None = None  # until `start`; callbacks may come before that
-        self._correspondence = Correspondence(settings, self._fingerprint)
+        self._correspondence = Correspondence(settings, self._fingerprint, pool.num_ranks)
         self.me = self._correspondence.me
         self._requests = EngineRequests(self.me.boot_id)
         self._ports = Ports(
@@ -81,22 +92,26 @@ class SchedulerSide:
 
     # ---- start and end ----
 
-    def start(self, handshake: Handshake) -> None:
-        """The worker's memory is known: receive, and tell the proxy that this instance exists."""
+    def start(self, handshakes: list[Handshake]) -> None:
+        """Every rank's memory is known: receive, and tell the proxy that this instance exists."""
         settings = self._settings
-        self._schemes = handshake.schemes
-        offer = Offer(self._layout, handshake.schemes, settings.full_digest, settings.audit)
+        schemes = [handshake.schemes for handshake in handshakes]
+        self._schemes = [scheme for scheme, _ in schemes[0]]
+        offer = Offer(self._layout, schemes, settings.full_digest, settings.audit)
         self._receiver = Receiver(self.me, offer, self._ports, self._accounts, settings.limits)
-        self._correspondence.introduce(self._sender, self._receiver)
+        worker = OwnWorker(schemes[0], handshakes[0].door if len(handshakes) == 1 else "")
+        acquaintances = Acquaintances(self.me, worker, self._correspondence.send, self._ports.clock)
+        self._acquaintances = acquaintances
+        self._correspondence.introduce(self._sender, self._receiver, acquaintances)
         if settings.join:
-            self._join = JoinThread(settings.join, self._info, settings.read_keys())
-        names = ", ".join(scheme for scheme, _ in handshake.schemes)
+            self._join = JoinThread(settings.join, self._info, settings.read_keys(), acquaintances.on_peers)
         _log.info(
-            "baton instance %s (%s): control %s, transports %s, %s",
+            "baton instance %s (%s): control %s, transports %s, tensor parallel size %d, %s",
             self.me.name,
             settings.role.value,
             self.me.control,
-            names,
+            ", ".join(self._schemes),
+            self.me.num_ranks,
             "encrypted" if settings.keys else "not encrypted",
         )
 
@@ -109,6 +124,8 @@ class SchedulerSide:
         if self._join is not None:
             self._join.close()
         self._correspondence.close()
+        if self._acquaintances is not None:
+            self._acquaintances.close()
         if self._cache is not None:
             self._cache.close()
 
@@ -283,12 +300,14 @@ class SchedulerSide:
             boot_id=self.me.boot_id,
             control=self.me.control,
             fingerprint=self._fingerprint,
-            transports=[scheme for scheme, _ in self._schemes],
+            transports=list(self._schemes),
             block_size=self._layout.block_size,
             num_blocks=self._num_blocks,
             free_blocks=self._free_blocks(),
             pid=os.getpid(),
             silent_peers=self._receiver.silent_peers() if self._receiver is not None else [],
+            paths=self._acquaintances.paths() if self._acquaintances is not None else [],
+            num_ranks=self.me.num_ranks,
         )
 
     def _report(self, report: Report) -> None:

@@ -25,7 +25,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     cache: the socket of the host's cache server; empty: KV is kept in the engine alone.
     keys: path of the cluster's key file (`baton keys`): what leaves this host is encrypted, and only who has the same
         keys is spoken to; empty: nothing is encrypted.
-    fault, faulty: for tests of recovery, see transport/faultpoint.py and transport/faulty.py.
+    fault, faulty: for tests of recovery, see transport/faultpoint.py and transport/faulty.py (for all, or by scheme).
     """
 
     name: str = "baton"
@@ -39,7 +39,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     audit: bool = False
     limits: Limits = Limits()
     fault: Fault | None = None
-    faulty: dict[str, int] = {}
+    faulty: dict[str, Any] = {}
     cache: str = ""
     keys: str = ""
 

@@ -18,9 +18,10 @@ from prefill.push import PushCommands, PushResults
 
 @dataclass
 class Handshake(KVConnectorHandshakeMetadata):
-    """Worker to scheduler, once: the transports on offer with their descriptions, best first."""
+    """Worker to scheduler, once: the transports on offer with their descriptions, best first, and the worker's door."""
 
     schemes: list[tuple[str, bytes]] = field(default_factory=list)
+    door: str = ""
 
 
 @dataclass
@@ -45,5 +46,11 @@ class StepResults(KVConnectorWorkerMetadata):
     num_loading: int = 0
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        """Called with several tensor-parallel ranks, which are refused at start."""
-        return self
+        """What two tensor-parallel ranks answer together; the scheduler's halves know how many there are. The host's
+        cache is refused at start with more than one."""
+        assert isinstance(other, StepResults)
+        return StepResults(
+            push=self.push.with_those_of(other.push),
+            land=self.land.with_those_of(other.land),
+            num_watched=self.num_watched + other.num_watched,
+        )

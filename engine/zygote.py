@@ -29,7 +29,7 @@ import msgspec
 
 from core.errors import BatonError
 from engine import patches, plugin
-from engine.instance import ENV_ENGINE_CORES
+from engine.instance import ENV_NO_COMPILE
 from transport.parent import adopt_orphans, die_with_parent
 
 _PRELOADED = (
@@ -173,6 +173,8 @@ def run_server(spec: ServerSpec) -> None:
     os.close(output)
     os.environ.update(spec.environment)
     tempfile.tempdir = None
+    if os.environ.get(ENV_NO_COMPILE) == "1":  # torch has read it when it was imported
+        importlib.import_module("torch._dynamo.config").disable = True  # type: ignore[attr-defined]
     fork = _EngineFork()
     os.register_at_fork(before=fork.before, after_in_child=fork.after_in_child)
     sys.argv = ["vllm", "serve", *spec.arguments]
@@ -195,9 +197,9 @@ class _EngineFork:
 
         die_with_parent(self._parent_pid)
         plugin.bind_engine(os.environ)
-        cores = os.environ.get(ENV_ENGINE_CORES, "")
+        cores = plugin.engine_cores(os.environ)
         if cores:
-            torch.set_num_threads(len(cores.split(",")))
+            torch.set_num_threads(len(cores))
 
 
 def main() -> int:

@@ -13,9 +13,10 @@ from core.clock import Clock
 from core.handoff import Peer
 from core.prompt import Prompt
 from core.report import FromCache
-from prefill.push import Pushed
+from prefill.push import Pushed, whole
 from transport.handoff import Sending
 from transport.messages import Accept
+from transport.runs import Lane
 
 MAX_REMEMBERED = 20_000
 """Hand-offs kept after their end, so that a late message finds an answer; the oldest are forgotten."""
@@ -30,7 +31,8 @@ _ACCEPT_COST_BYTES = 512
 
 @dataclass
 class Outgoing:
-    """One hand-off as the prefill side sees it."""
+    """One hand-off as the prefill side sees it. lanes: which of our ranks write to which of the receiver's; parts: of
+    those that have written everything; pushed: once all have."""
 
     id: str
     deadline_s: float
@@ -41,9 +43,18 @@ class Outgoing:
     num_chunks: int = 0
     finished: bool = False
     why: str = ""
+    lanes: list[Lane] = field(default_factory=list)
+    parts: list[Pushed] = field(default_factory=list)
     pushed: Pushed | None = None
+    quiet_ranks: set[int] = field(default_factory=set)
     from_cache: list[FromCache] = field(default_factory=list)
     moments: dict[str, float] = field(default_factory=dict)
+
+    def add_part(self, part: Pushed) -> None:
+        """One pair of ranks is done."""
+        self.parts.append(part)
+        if len(self.parts) == len(self.lanes):
+            self.pushed = whole(self.parts)
 
     def __repr__(self) -> str:
         to = self.decode.name if self.decode else "?"
@@ -103,6 +114,7 @@ class OutgoingTable:
     def unbind(self, out: Outgoing) -> None:
         """The engine has done with the request, and nothing reads its blocks."""
         out.accept = None  # its block lists are the larger part of what is remembered
+        out.lanes, out.parts = [], []
         if out.prompt is not None:
             self._by_request.pop(out.prompt.request_id, None)
 
@@ -133,4 +145,5 @@ class OutgoingTable:
 
 
 def _bytes_of(accept: Accept) -> int:
-    return _ACCEPT_COST_BYTES + 8 * len(accept.block_ids) + sum(len(description) for _, description in accept.schemes)
+    descriptions = sum(len(description) for schemes in accept.schemes for _, description in schemes)
+    return _ACCEPT_COST_BYTES * max(len(accept.schemes), 1) + 8 * len(accept.block_ids) + descriptions

@@ -20,11 +20,12 @@ from core.layout import KVLayout
 from core.prompt import Prompt
 from core.report import FromCache
 from prefill.outgoing import MAX_WHY_CHARACTERS, Outgoing, OutgoingTable
-from prefill.push import PushChunk, PushCommands, Pushed, PushResults, PushTarget
+from prefill.push import PushChunk, PushCommands, Pushed, PushResults, PushTarget, Quiet
 from prefill.reports import SendReports
 from transport.handoff import Event, Sending, advance_sending, allows
 from transport.messages import Accept, Cancel, Cancelled, Decline, Failed, Landed, Message, Refused
 from transport.ports import Ports
+from transport.runs import lanes, objection
 
 
 class Gate(enum.Enum):
@@ -85,15 +86,17 @@ class Sender:
             if out is None or out.state is not Sending.MOVING or out.accept is None or out.decode is None:
                 return
             accept = out.accept
-            target = PushTarget(
-                out.decode,
-                accept.schemes,
-                accept.first_block,
-                accept.num_tokens,
-                accept.block_ids,
-                accept.full_digest,
-            )
-            self._commands.chunks.append(PushChunk(out.id, target, num_tokens, block_ids, out.num_chunks))
+            for lane in out.lanes:
+                target = PushTarget(
+                    out.decode,
+                    accept.schemes[lane.receiver],
+                    accept.first_block,
+                    accept.num_tokens,
+                    accept.block_ids,
+                    accept.full_digest,
+                    lane,
+                )
+                self._commands.chunks.append(PushChunk(out.id, target, num_tokens, block_ids, out.num_chunks))
             out.num_chunks += 1
 
     def preempted(self, request_id: str) -> None:
@@ -134,14 +137,11 @@ class Sender:
             for failure in results.failed:
                 out = self._all.get(failure.handoff)
                 if out is not None and out.state is Sending.MOVING:
-                    self._give_up(out, Event.ABORT, failure.why, stop=False)
+                    self._give_up(out, Event.ABORT, failure.why)
             for pushed in results.pushed:
                 self._on_pushed(pushed)
-            for handoff in results.quiet:
-                out = self._all.get(handoff)
-                if out is not None and out.state is Sending.STOPPING:
-                    self._move(out, Event.QUIET)
-                    self._say_stopped(out)
+            for quiet in results.quiet:
+                self._on_quiet(quiet)
             return self._releasable()
 
     def num_early_bytes(self) -> int:
@@ -227,18 +227,27 @@ class Sender:
         """Once both sides have spoken: the prompts must be the same, token by token."""
         if out.state is not Sending.ACCEPTED or out.prompt is None or out.accept is None or out.decode is None:
             return
-        out.why = self._objection(out.prompt, out.accept, out.decode.name)
+        out.why = self._objection(out.prompt, out.accept, out.decode)
         if not out.why:
+            out.lanes = lanes(self._layout, self._me.num_ranks, out.decode.num_ranks)
             return
         self._move(out, Event.REFUSE)
         self._ports.send(out.decode, Refused(out.id, out.why))
 
-    def _objection(self, prompt: Prompt, accept: Accept, decode: str) -> str:
-        """Why this Accept does not fit the prompt; empty if it does."""
+    def _objection(self, prompt: Prompt, accept: Accept, decode: Peer) -> str:
+        """Why this Accept does not fit the prompt, or us; empty if it does."""
+        why = objection(self._layout, self._me.num_ranks, decode.num_ranks)
+        if why or (accept.num_senders, len(accept.schemes)) != (self._me.num_ranks, decode.num_ranks):
+            awaited = f"transports of {len(accept.schemes)} and awaits {accept.num_senders}"
+            why = why or f"the receiving side offers {awaited}"
+            return (
+                f"tensor parallel sizes: {self._me.name} has {self._me.num_ranks} ranks, {decode.name} "
+                f"{decode.num_ranks}: {why}"
+            )
         if (prompt.num_tokens, prompt.hash) != (accept.num_prompt_tokens, accept.prompt_hash):
             return (
                 f"prompts differ: {self._me.name} has {prompt.num_tokens} tokens (hash {prompt.hash.hex()[:12]}), "
-                f"{decode} has {accept.num_prompt_tokens} (hash {accept.prompt_hash.hex()[:12]})"
+                f"{decode.name} has {accept.num_prompt_tokens} (hash {accept.prompt_hash.hex()[:12]})"
             )
         end_block = -(-accept.num_tokens // self._layout.block_size)
         is_sound = 0 <= accept.first_block < end_block and accept.num_tokens < prompt.num_tokens
@@ -259,10 +268,10 @@ class Sender:
             self._ports.send(sender, Cancelled(out.id))
         self._ports.wake()
 
-    def _give_up(self, out: Outgoing, event: Event, why: str, *, stop: bool = True) -> None:
+    def _give_up(self, out: Outgoing, event: Event, why: str) -> None:
         out.why = why
         self._move(out, event)
-        if out.state is Sending.STOPPING and stop:
+        if out.state is Sending.STOPPING:
             self._commands.stop.append(out.id)
         elif out.state is Sending.RELEASED and out.decode is not None and event is not Event.PEER_LOST:
             self._ports.send(out.decode, Refused(out.id, why))
@@ -272,7 +281,10 @@ class Sender:
         out = self._all.get(pushed.handoff)
         if out is None or not allows(out.state, Event.PUSHED):
             return
-        out.pushed = pushed
+        out.add_part(pushed)
+        if out.pushed is None:
+            return
+        pushed = out.pushed
         stopping = out.state is Sending.STOPPING
         self._move(out, Event.PUSHED)
         if stopping or out.decode is None or out.accept is None:
@@ -286,10 +298,8 @@ class Sender:
             Landed(
                 handoff=out.id,
                 num_tokens=out.accept.num_tokens,
-                num_pairs=pushed.num_pairs,
                 num_bytes=pushed.num_bytes,
-                digest=pushed.digest,
-                scheme=pushed.scheme,
+                parts=[part.part() for part in out.parts],
                 moving_unix_s=pushed.moving_unix_s,
                 last_layer_unix_s=pushed.last_layer_unix_s,
             ),
@@ -297,6 +307,15 @@ class Sender:
         out.moments["landed"] = self._ports.clock.unix_s()
         self._reports.sent(out)
         self._ports.faults.reach("landed")
+
+    def _on_quiet(self, quiet: Quiet) -> None:
+        out = self._all.get(quiet.handoff)
+        if out is None or out.state is not Sending.STOPPING:
+            return
+        out.quiet_ranks.add(quiet.rank)
+        if len(out.quiet_ranks) == self._me.num_ranks:
+            self._move(out, Event.QUIET)
+            self._say_stopped(out)
 
     def _say_stopped(self, out: Outgoing) -> None:
         if out.decode is not None:

@@ -241,7 +241,7 @@ class Flow:
 
 
 def _peer(instance: Instance) -> Peer:
-    return Peer(instance.name, instance.info.control, instance.info.boot_id)
+    return Peer(instance.name, instance.info.control, instance.info.boot_id, instance.info.num_ranks)
 
 
 async def _give_up(task: asyncio.Task[Any]) -> None:

@@ -149,7 +149,8 @@ class Transport(Protocol):
         ...
 
     def expect(self, tag: str, blocks: Sequence[Blocks]) -> Landing:
-        """Opens a landing: one `Blocks` per region, all with the same ids in hand-off order."""
+        """Opens a landing: one `Blocks` per region, all with the same ids in hand-off order. Where a `Blocks` names a
+        part of its blocks, that part alone may be written, and is counted and digested."""
         ...
 
     def close(self) -> None: ...

@@ -107,11 +107,13 @@ class Party:
         snapshot[first : first + len(content)] = content
 
     def digest(self, expected: Sequence[Blocks]) -> int:
-        """Over every byte of these blocks, as they lie in memory."""
+        """Over every byte of these blocks, or of the part that each names, as they lie in memory."""
         total = 0
         for blocks in expected:
+            end = blocks.start + blocks.num_bytes if blocks.num_bytes else None
             for position, block_id in enumerate(blocks.ids):
-                total = add(total, bytes_digest(self.block(blocks.region, block_id), blocks.region, position))
+                part = self.block(blocks.region, block_id)[blocks.start : end]
+                total = add(total, bytes_digest(part, blocks.region, position))
         return total
 
     def _slice(self, region: int, block_id: int) -> slice:
@@ -153,6 +155,7 @@ def check_transport(maker: Maker) -> None:
         check_lands_where_it_should,
         check_byte_ranges,
         check_tags_apart,
+        check_parts_of_the_same_blocks_apart,
         check_notice_comes_last,
         check_misfits_are_refused,
         check_only_expected_blocks_are_written,
@@ -225,6 +228,20 @@ def check_tags_apart(pair: Pair) -> None:
         assert notices == [tag.encode()], notices
         assert landing.num_written() in (None, 4)
         assert landing.digest() in (None, pair.sender.digest([expected[tag]])), "digests of both sides differ"
+
+
+def check_parts_of_the_same_blocks_apart(pair: Pair) -> None:
+    """Two senders of one hand-off, each with a tag and a byte range: each landing counts and digests its own range."""
+    expected = {"low": Blocks(1, (3, 1), 0, 400), "high": Blocks(1, (3, 1), 400, 600)}
+    landings = {tag: pair.expect(tag, blocks) for tag, blocks in expected.items()}
+    for tag, blocks in expected.items():
+        finish(pair.endpoint.write(tag, Blocks(1, (0, 2), blocks.start, blocks.num_bytes), blocks))
+        assert landings[tag].num_written() in (None, 2), "a part of a block counts once every byte of it has come"
+    for tag, blocks in expected.items():
+        assert landings[tag].digest() in (None, pair.receiver.digest([blocks])), "a digest over a part is wrong"
+    if landings["low"].num_written() is not None:
+        other = Blocks(1, (3, 1), 300, 200)
+        finish(pair.endpoint.write("low", other, other), state=TransferState.FAILED)
 
 
 def check_notice_comes_last(pair: Pair) -> None:

@@ -50,6 +50,7 @@ class Identity:
     name: str
     boot_id: str
     fingerprint: str
+    num_ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class ControlPlane:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 8 * MAX_PEERS)
         self._pull, self._doorway = self._listen(host, keys)
-        self.peer = Peer(identity.name, self._doorway.address, identity.boot_id)
+        self.peer = Peer(identity.name, self._doorway.address, identity.boot_id, identity.num_ranks)
         self._peers = Outbox(self._context, keys)
         self._losses = Seldom(LOG_INTERVAL_S)
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

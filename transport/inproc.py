@@ -96,7 +96,7 @@ class InprocEndpoint:
                 why = f"nothing is expected under tag {tag!r}" if landing is None else ""
             if landing is None or why:
                 return SettledTransfer(why)
-            why = landing.refusal(remote.region, remote.ids) if remote.ids else ""
+            why = landing.refusal(remote.region, remote.ids, target) if remote.ids else ""
             if why:
                 return SettledTransfer(why)
             copy_pairs(source, local.ids, target, remote.ids)

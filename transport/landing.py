@@ -46,22 +46,30 @@ class Pieces:
                 start, end = min(start, first), max(end, last)
         self._ranges = sorted([*apart, (start, end)])
 
-    def covers(self, num_bytes: int) -> bool:
-        """Whether every byte of the block has arrived."""
-        return self._ranges == [(0, num_bytes)]
+    def covers(self, start: int, end: int) -> bool:
+        """Whether every byte from `start` to `end` has arrived."""
+        return any(first <= start and end <= last for first, last in self._ranges)
 
     def __len__(self) -> int:
         return len(self._ranges)
 
 
 class CountedLanding:
-    """A `transport.base.Landing` that counts. Made by `Inbox.open`. is_digested: False where blocks lie in a GPU's
-    memory, which this process does not read."""
+    """A `transport.base.Landing` that counts. Made by `Inbox.open`. spans: the part of each region's blocks that is
+    expected. is_digested: False where blocks lie in a GPU's memory, which this process does not read."""
 
-    def __init__(self, inbox: Inbox, tag: str, positions: dict[int, dict[int, int]], is_digested: bool = True) -> None:
+    def __init__(
+        self,
+        inbox: Inbox,
+        tag: str,
+        positions: dict[int, dict[int, int]],
+        spans: Mapping[int, Span],
+        is_digested: bool = True,
+    ) -> None:
         self._inbox = inbox
         self._tag = tag
         self._positions = positions
+        self._spans = spans
         self._pieces: dict[tuple[int, int], Pieces] = {}
         self._summands: dict[tuple[int, int], int] = {}
         self._sum: int | None = 0 if is_digested else None
@@ -103,11 +111,14 @@ class CountedLanding:
         self._num_held -= 1
         self._inbox.released.notify_all()
 
-    def refusal(self, region_id: int, block_ids: Sequence[int]) -> str:
-        """Why these blocks may not be written; empty if they may. Under the inbox's lock."""
+    def refusal(self, region_id: int, block_ids: Sequence[int], written: Span | None = None) -> str:
+        """Why these blocks, or the part of them that `written` names, may not be written; empty if they may. Under the
+        inbox's lock."""
         expected = self._positions.get(region_id)
         if expected is None:
             return f"region {region_id} is not expected under this tag"
+        if written is not None and not _lies_in(written, self._spans[region_id]):
+            return f"bytes {written.start}+{written.num_bytes} of region {region_id} are not expected under this tag"
         unexpected = next((block_id for block_id in block_ids if block_id not in expected), None)
         if unexpected is not None:
             return f"block {unexpected} of region {region_id} is not expected under this tag"
@@ -118,8 +129,8 @@ class CountedLanding:
 
     def record(self, span: Span, block_ids: Sequence[int]) -> None:
         """Counts bytes that are in place now. Under the inbox's lock."""
-        region = span.region
-        is_whole = span.num_bytes == region.block_bytes
+        region, expected = span.region, self._spans[span.region.id]
+        is_whole = _lies_in(expected, span)
         complete = block_ids if is_whole else [each for each in block_ids if self._is_complete(span, each)]
         if self._sum is None:
             self._summands.update({(region.id, block_id): 0 for block_id in complete})
@@ -131,24 +142,24 @@ class CountedLanding:
 
     def _change(self, region: Region, complete: Sequence[int]) -> int:
         """By how much these blocks change the sum."""
-        change = 0
+        change, expected = 0, self._spans[region.id]
         memory = known_view(region.address, (region.num_blocks - 1) * region.stride + region.block_bytes)
-        positions, stride, size = self._positions[region.id], region.stride, region.block_bytes
+        positions, stride, size = self._positions[region.id], region.stride, expected.num_bytes
         for block_id in complete:
-            pair, at = (region.id, block_id), block_id * stride
+            pair, at = (region.id, block_id), block_id * stride + expected.start
             summand = bytes_digest(memory[at : at + size], region.id, positions[block_id])
             change += summand - self._summands.get(pair, 0)
             self._summands[pair] = summand
         return change
 
     def _is_complete(self, span: Span, block_id: int) -> bool:
-        """Adds a part of a block; whether all its parts are there now."""
-        pair = (span.region.id, block_id)
+        """Adds a part of a block; whether all its expected parts are there now."""
+        pair, expected = (span.region.id, block_id), self._spans[span.region.id]
         if pair in self._summands:
             return True
         pieces = self._pieces.setdefault(pair, Pieces())
         pieces.add(span.start, span.start + span.num_bytes)
-        return pieces.covers(span.region.block_bytes)
+        return pieces.covers(expected.start, expected.start + expected.num_bytes)
 
     def notify(self, notice: bytes) -> bool:
         """Keeps a notice for `poll`; False if too many wait already. Under the inbox's lock."""
@@ -170,12 +181,13 @@ class Inbox:
     def open(self, tag: str, blocks: Sequence[Blocks], regions: Mapping[int, Region]) -> CountedLanding:
         """Raises TransferError if the tag is open already or a block is named twice or does not exist."""
         positions = expected_positions(blocks, regions)
+        spans = {each.region: resolve(regions, each, "own") for each in blocks}
         with self.lock:
             if tag in self._open:
                 raise TransferError(f"a landing is open already under tag {tag!r}")
             self._closed.pop(tag, None)
             is_digested = all(regions[region_id].device is None for region_id in positions)
-            landing = CountedLanding(self, tag, positions, is_digested)
+            landing = CountedLanding(self, tag, positions, spans, is_digested)
             self._open[tag] = landing
         return landing
 
@@ -196,6 +208,10 @@ class Inbox:
             self._closed[tag] = None
             while len(self._closed) > MAX_CLOSED_TAGS:
                 self._closed.popitem(last=False)
+
+
+def _lies_in(part: Span, whole: Span) -> bool:
+    return whole.start <= part.start and part.start + part.num_bytes <= whole.start + whole.num_bytes
 
 
 def expected_positions(blocks: Sequence[Blocks], regions: Mapping[int, Region]) -> dict[int, dict[int, int]]:

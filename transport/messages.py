@@ -5,6 +5,8 @@
     P ── Refused ─▶ D        I never wrote, and will not           P ── Failed ───▶ D   I gave up; no write can follow
     P ── Landed ──▶ D        every byte is in place
 
+    D ── Greeting ▶ P        once per pair, before any hand-off: connect to me, and measure
+
 On the wire: an `Envelope` (MessagePack), whose fingerprint is compared before the body is decoded, so that a peer
 with another protocol or layout is answered clearly instead of being misread.
 """
@@ -18,6 +20,7 @@ import msgspec
 from core.errors import ProtocolError
 from core.handoff import LONGEST_NAME, Peer
 from core.layout import PROTOCOL_VERSION, KVLayout
+from transport.runs import MAX_RANKS
 
 MAX_MESSAGE_BYTES = 4 << 20
 """A control message larger than this is dropped unread (an Accept for one million tokens is under 1 MB)."""
@@ -25,6 +28,7 @@ MAX_MESSAGE_BYTES = 4 << 20
 MAX_SCHEMES = 32
 
 _Id = Annotated[str, msgspec.Meta(max_length=LONGEST_NAME)]
+_Schemes = Annotated[list[tuple[str, bytes]], msgspec.Meta(max_length=MAX_SCHEMES)]
 
 
 class Accept(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -33,7 +37,8 @@ class Accept(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     num_prompt_tokens, prompt_hash: of the whole prompt as D tokenised it; P compares both with its own.
     first_block: index, in the prompt, of the first block asked for; earlier ones D holds already.
     block_ids: D's blocks, in prompt order; num_tokens: how many tokens of the prompt they complete.
-    schemes: transports that D offers with their opaque descriptions, best first.
+    schemes: of each of D's ranks, the transports on offer with their opaque descriptions, best first.
+    num_senders: ranks of P from which D awaits blocks.
     full_digest: whether every byte counts in the digest, or a few cache lines of every block.
     """
 
@@ -43,9 +48,10 @@ class Accept(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     first_block: int
     block_ids: list[int]
     num_tokens: int
-    schemes: Annotated[list[tuple[str, bytes]], msgspec.Meta(max_length=MAX_SCHEMES)]
+    schemes: Annotated[list[_Schemes], msgspec.Meta(max_length=MAX_RANKS)]
     full_digest: bool
     timeout_s: float
+    num_senders: int = 1
 
 
 class Decline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -83,20 +89,36 @@ class Failed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     why: str
 
 
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one rank of P wrote to one rank of D. num_pairs counts (layer, block) pairs; the digest is over its heads of
+    them."""
+
+    sender: int
+    receiver: int
+    num_pairs: int
+    digest: int
+    scheme: str
+
+
 class Landed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
-    """Every byte is in place. num_pairs counts (layer, block) pairs; the digest is over them."""
+    """Every byte is in place."""
 
     handoff: _Id
     num_tokens: int
-    num_pairs: int
     num_bytes: int
-    digest: int
-    scheme: str
+    parts: Annotated[list[Part], msgspec.Meta(max_length=2 * MAX_RANKS)]
     moving_unix_s: float
     last_layer_unix_s: float
 
 
-Message = Accept | Decline | Cancel | Cancelled | Refused | Failed | Landed
+class Greeting(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """D expects to be connected to and probed by P; `schemes` as in Accept. It belongs to no hand-off."""
+
+    schemes: Annotated[list[tuple[str, bytes]], msgspec.Meta(max_length=MAX_SCHEMES)]
+    handoff: _Id = ""
+
+
+Message = Accept | Decline | Cancel | Cancelled | Refused | Failed | Landed | Greeting
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True):

@@ -11,11 +11,14 @@ import ctypes
 import functools
 import itertools
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
+
+import msgspec
 
 from core.errors import TransferError
 from transport.base import Blocks, Region
+from transport.runs import runs
 
 MAX_TAG_CHARACTERS = 1024
 MAX_NOTICE_BYTES = 16 << 10
@@ -94,6 +97,11 @@ def check_words(tag: str, notice: bytes | None) -> None:
         raise TransferError(f"a notice of {len(notice)} bytes is larger than {MAX_NOTICE_BYTES}")
 
 
+def part_of(region: Region, start: int, num_bytes: int) -> Region:
+    """A byte range of every block of a region, as a region with the same blocks."""
+    return msgspec.structs.replace(region, address=region.address + start, block_bytes=num_bytes)
+
+
 def is_run(ids: Sequence[int]) -> bool:
     """Whether the ids count up by one."""
     return all(right - left == 1 for left, right in itertools.pairwise(ids))
@@ -108,31 +116,19 @@ def copy_pairs(source: Span, source_ids: Sequence[int], target: Span, target_ids
     if len(source_ids) != len(target_ids):
         raise ValueError(f"{len(source_ids)} pieces cannot be copied to {len(target_ids)} places")
     size, from_stride, to_stride = source.num_bytes, source.region.stride, target.region.stride
-    runs: Iterable[tuple[int, int, int]] = zip(source_ids, target_ids, itertools.repeat(1))
+    pieces: Iterable[tuple[int, int, int]] = zip(source_ids, target_ids, itertools.repeat(1))
     may_join = len(source_ids) > 1 and source.is_dense() and target.is_dense()
     if may_join and known_ids(tuple(source_ids)).may_have_run and known_ids(tuple(target_ids)).may_have_run:
-        runs = _runs(source_ids, target_ids)
+        pieces = runs(source_ids, target_ids)
     if size > LARGEST_ASSIGNED_BYTES or len(source_ids) < FEWEST_ASSIGNED:
         from_start, to_start = source.address(0), target.address(0)
-        for from_id, to_id, count in runs:
+        for from_id, to_id, count in pieces:
             ctypes.memmove(to_start + to_id * to_stride, from_start + from_id * from_stride, count * size)
         return
     from_bytes, to_bytes = known_view(*_extent(source)), known_view(*_extent(target))
-    for from_id, to_id, count in runs:
+    for from_id, to_id, count in pieces:
         from_at, to_at, num_bytes = from_id * from_stride, to_id * to_stride, count * size
         to_bytes[to_at : to_at + num_bytes] = from_bytes[from_at : from_at + num_bytes]
-
-
-def _runs(source_ids: Sequence[int], target_ids: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """First ids of each run and how many follow each other on both sides."""
-    first = 0
-    for end in range(1, len(source_ids) + 1):
-        count = end - first
-        if end == len(source_ids) or (
-            source_ids[end] != source_ids[first] + count or target_ids[end] != target_ids[first] + count
-        ):
-            yield source_ids[first], target_ids[first], count
-            first = end
 
 
 def _extent(span: Span) -> tuple[int, int]:

@@ -4,7 +4,7 @@
     write ──▶ queue ─── doorbell ──▶ UcxLink, one per peer ═══ UCX ═══▶ UcxReceiver, UcxCaller ──▶ landing, own regions
 
 Endpoints are made through `ucxx`, in its synchronous API; why that one, and what UCX cannot protect us from, stands in
-docs/design/0010-ucx.md. In short: it is for networks whose hosts trust each other.
+docs/design/0015-ucx.md. In short: it is for networks whose hosts trust each other.
 
 Memory model: any memory will do, as long as it stays mapped until `close`. At most WINDOW_BYTES per peer are under
 way; the rest of a write is only block numbers in a queue.

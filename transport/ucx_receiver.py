@@ -249,7 +249,7 @@ class UcxCaller:
             return None, "the payload has another size than its frame says"
         if span.region.device is not None and not lie_together(span, frame.ids):
             return None, "blocks that lie apart in a GPU's memory must come one by one"
-        why = landing.refusal(frame.region, frame.ids)
+        why = landing.refusal(frame.region, frame.ids, span)
         return (None if why else span), why
 
     def _receive(self, frame: Data, landing: CountedLanding, span: Span) -> _Running:

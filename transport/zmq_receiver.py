@@ -166,9 +166,9 @@ class ZmqReceiver:
         elif isinstance(frame, Notice):
             why = "" if landing.notify(frame.notice) else "too many notices wait"
         elif payload is not None:
-            why = landing.refusal(frame.region, frame.ids)
             try:
                 span = resolve(self._regions, blocks_of(frame), "own")
+                why = landing.refusal(frame.region, frame.ids, span)
             except TransferError as error:
                 why, is_sound = str(error), False
             if len(payload) != len(frame.ids) * frame.num_bytes:

@@ -23,7 +23,7 @@ from benchmarks.transfer_inside import run_inside
 from benchmarks.transfer_measure import Measurement, memories
 from benchmarks.transfer_options import parse
 from benchmarks.transfer_pair import Pair, Process, awake, move
-from benchmarks.transfer_results import Run
+from benchmarks.transfer_results import Run, Table
 from benchmarks.transfer_systems import System, systems
 from cluster.zygote import Zygote
 from core.clock import ManualClock
@@ -44,7 +44,7 @@ def test_a_small_run_measures_every_system_by_turns_and_writes_its_files(
 ) -> None:
     asked = ["--models", "qwen2.5-0.5b", "--blocks", "piece,3,5000", "--pairs", "1,2", *SMALL]
     asked += ["--systems", "shm,zmq,tcp-raw,pyzmq-raw"]
-    out, report = tmp_path / "x.json", tmp_path / "x.md"
+    out, report = tmp_path / "x.json", tmp_path / "y.md"
     assert run([*asked, "--out", str(out), "--markdown", str(report)]) == 0
 
     measured = msgspec.json.decode(out.read_bytes(), type=Run)
@@ -68,8 +68,10 @@ def test_a_small_run_measures_every_system_by_turns_and_writes_its_files(
     assert "shm 0.9 of a memcpy's speed or more, over 8 MB: not measured" in said
     text = report.read_text()
     assert "| 3 blocks, 589.8 kB | memcpy |" in text
-    assert "(x.svg)" in text
-    lines = ElementTree.parse(tmp_path / "x.svg").getroot().findall(".//{http://www.w3.org/2000/svg}circle")
+    assert "(y.svg)" in text
+    table = msgspec.json.decode((tmp_path / "y.json").read_bytes(), type=Table)
+    assert len(table.rows) == len(kinds) * len(names)
+    lines = ElementTree.parse(tmp_path / "y.svg").getroot().findall(".//{http://www.w3.org/2000/svg}circle")
     assert len(lines) == 2 * 2 * len(names)
 
 

@@ -87,6 +87,27 @@ def test_the_environment_keeps_sockets_short_and_cores_apart(tmp_path: Path, mon
     assert variables["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
 
 
+def test_tensor_parallel_ranks_share_the_instances_cores(tmp_path: Path) -> None:
+    two = ("--tensor-parallel-size", "2")
+    variables = _change(cores=(2, 3, 4, 5), arguments=two).variables(tmp_path, tmp_path, Device.CPU)
+    assert variables["VLLM_CPU_OMP_THREADS_BIND"] == "2,3|4,5"
+    assert variables["BATON_ENGINE_CORES"] == "2,3,4,5"
+    assert variables["OMP_NUM_THREADS"] == "2"
+    alone = _change(cores=(7,), arguments=two).variables(tmp_path, tmp_path, Device.CPU)
+    assert alone["VLLM_CPU_OMP_THREADS_BIND"] == "7|7"
+
+
+def test_an_eager_model_of_several_ranks_waits_for_no_compiler(tmp_path: Path) -> None:
+    for arguments, compiles in [
+        (("-tp", "2"), False),
+        (("-tp", "2", "--enforce-eager"), False),
+        (("-tp", "2", "--no-enforce-eager"), True),
+        (("-tp", "1"), True),
+    ]:
+        variables = _change(arguments=arguments).variables(tmp_path, tmp_path, Device.CPU)
+        assert ("TORCH_COMPILE_DISABLE" not in variables) == compiles, arguments
+
+
 def test_a_hub_model_may_ask_the_hub(tmp_path: Path) -> None:
     variables = _change(model=served_model("Qwen/Qwen3-8B")).variables(tmp_path, tmp_path, Device.GPU)
     assert "HF_HUB_OFFLINE" not in variables

@@ -51,6 +51,22 @@ def test_the_plugin_never_raises(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     assert "no AMX here" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("GOMP_CPU_AFFINITY", "2 3"),
+        ("OMP_PLACES", "{2,3}"),
+        ("KMP_AFFINITY", "granularity=fine,explicit,proclist=[2,3]"),
+    ],
+)
+def test_a_tensor_parallel_rank_computes_on_its_share_of_the_engines_cores(name: str, value: str) -> None:
+    engine = {"BATON_ENGINE_CORES": "2,3,4,5"}
+    assert plugin.engine_cores(engine) == {2, 3, 4, 5}
+    assert plugin.engine_cores(engine | {name: value}) == {2, 3}
+    assert plugin.engine_cores({"BATON_ENGINE_CORES": "0,1"} | {name: value}) == {0, 1}, "not a share of ours"
+    assert plugin.engine_cores({name: value}) == set()
+
+
 def test_cores_that_are_gone_do_not_stop_an_engine() -> None:
     before = os.sched_getaffinity(0)
     plugin.bind_engine({"BATON_ENGINE_CORES": "4095"})

@@ -13,7 +13,15 @@ from core.errors import ConfigError, UnsupportedError
 from core.handoff import Role
 from engine import build
 from engine.instance import InstanceSpec, ServedModel
-from engine.preflight import check_arguments, check_device, check_memory, check_model, free_memory_bytes, parse_bytes
+from engine.preflight import (
+    check_arguments,
+    check_device,
+    check_memory,
+    check_model,
+    check_ranks,
+    free_memory_bytes,
+    parse_bytes,
+)
 
 LLAMA: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "sliding_window": None}
 
@@ -21,9 +29,6 @@ LLAMA: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "l
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--tensor-parallel-size", "2"], "tensor parallel size 2"),
-        (["--tensor_parallel_size=2"], "tensor parallel size 2"),
-        (["-tp", "4"], "tensor parallel size 4"),
         (["--pipeline-parallel-size=2"], "pipeline parallel size 2"),
         (["--data-parallel-size", "2"], "data parallel size 2"),
         (["--speculative-config", '{"method": "ngram"}'], "speculative decoding"),
@@ -38,6 +43,35 @@ def test_arguments_that_no_test_covers_are_refused(arguments: list[str], named: 
     check_arguments(arguments, plain=True)
 
 
+@pytest.mark.parametrize("given", [["--tensor-parallel-size", "2"], ["--tensor_parallel_size=2"], ["-tp", "2"]])
+def test_the_hosts_cache_behind_several_ranks_is_refused(given: list[str]) -> None:
+    with pytest.raises(UnsupportedError, match=r"tensor parallel size 2 .*--cache is not supported"):
+        check_arguments(given, plain=False, cached=True)
+    check_arguments(["-tp", "1"], plain=False, cached=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks", "said"),
+    [
+        ({"num_attention_heads": 4, "num_key_value_heads": 2}, 2, ""),
+        ({"num_attention_heads": 8, "num_key_value_heads": 2}, 4, ""),
+        ({"num_attention_heads": 4, "num_key_value_heads": 2}, 3, "size 3 .*num_attention_heads 4"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 2}, 8, "size 8 .*num_attention_heads 4"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 4}, 6, "size 6 .*num_key_value_heads 4"),
+        ({"text_config": {"num_attention_heads": 4}}, 3, "size 3 .*num_attention_heads 4"),
+    ],
+)
+def test_ranks_that_cannot_share_the_heads_are_refused(
+    tmp_path: Path, config: dict[str, Any], ranks: int, said: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if not said:
+        check_ranks(str(tmp_path), ranks)
+        return
+    with pytest.raises(ConfigError, match=said):
+        check_ranks(str(tmp_path), ranks)
+
+
 def test_a_hand_off_between_gpus_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="between GPUs is not supported yet"):
         check_device(build.Device.GPU, plain=False)
@@ -47,7 +81,7 @@ def test_a_hand_off_between_gpus_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["--tensor-parallel-size", "1"], ["--kv-cache-dtype", "auto"], ["--max-model-len", "4096", "--dtype=float32"]],
+    [[], ["--tensor-parallel-size", "2"], ["--kv-cache-dtype", "auto"], ["--max-model-len", "4096", "--dtype=float32"]],
 )
 def test_other_arguments_pass(arguments: list[str]) -> None:
     check_arguments(arguments, plain=False)

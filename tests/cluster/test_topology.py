@@ -40,6 +40,7 @@ def test_instances_get_equal_shares_of_the_cores(count: int, expected: list[tupl
 
 def test_reads_vllms_notation_of_cores() -> None:
     assert cores.parse("0,2-4") == (0, 2, 3, 4)
+    assert cores.parse("0,1|4,5") == (0, 1, 4, 5)
     assert cores.parse("nobind") == ()
     with pytest.raises(ValueError, match="invalid literal"):
         cores.parse("all")

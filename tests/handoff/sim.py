@@ -9,6 +9,7 @@ after it was given to someone else is seen by reading it.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -19,8 +20,11 @@ from core.prompt import Prompt
 from core.report import Report
 from decode.accounts import Accounts
 from decode.admission import Capacity, Limits
+from decode.land import LandResults, Received
 from decode.lander import Lander
 from decode.receiver import Offer, Receiver
+from prefill.connections import Connections
+from prefill.push import PushResults
 from prefill.pusher import Pusher
 from prefill.sender import Gate, Sender
 from transport.base import Region, Transport
@@ -28,16 +32,17 @@ from transport.faultpoint import FaultPoint
 from transport.inproc import InprocTransport
 from transport.messages import Accept, Cancel, Decline, Message
 from transport.ports import Ports
+from transport.runs import heads_of
 
-LAYERS, BLOCK_SIZE, TOKEN_BYTES, NUM_BLOCKS, CHUNK = 3, 4, 32, 24, 6
-BLOCK_BYTES = BLOCK_SIZE * TOKEN_BYTES
+LAYERS, HEADS, BLOCK_SIZE, ROW_BYTES, NUM_BLOCKS, CHUNK = 3, 2, 4, 32, 24, 6
+HEAD_BYTES = BLOCK_SIZE * ROW_BYTES
 
-LAYOUT = KVLayout("m", "bfloat16", LAYERS, 1, 8, BLOCK_SIZE, BLOCK_BYTES, "LBHNC", "vec")
+LAYOUT = KVLayout("m", "bfloat16", LAYERS, HEADS, 8, BLOCK_SIZE, HEADS * HEAD_BYTES, "LBHNC", "vec")
 
 
-def token_bytes(request: str, layer: int, token: int) -> bytes:
-    """The KV of one token of one request in one layer."""
-    return bytes([hash((request, layer, token)) % 251 + 1]) * TOKEN_BYTES
+def row(request: str, layer: int, head: int, token: int) -> bytes:
+    """The KV of one head of one token of one request in one layer."""
+    return bytes([hash((request, layer, head, token)) % 251 + 1]) * ROW_BYTES
 
 
 @dataclass
@@ -51,32 +56,57 @@ class SimRequest:
     status: str = "waiting"  # waiting, remote, running, done, aborted
 
 
+class SimRank:
+    """One tensor-parallel worker: its heads of every block, and who moves them."""
+
+    def __init__(self, rank: int, num_ranks: int, clock: ManualClock, layout: KVLayout) -> None:
+        self.heads = heads_of(layout.num_kv_heads, num_ranks, rank)
+        size = len(self.heads) * HEAD_BYTES
+        self.memory = [ctypes.create_string_buffer(NUM_BLOCKS * size) for _ in range(LAYERS)]
+        self.regions = [
+            Region(layer, ctypes.addressof(memory), size, size, NUM_BLOCKS) for layer, memory in enumerate(self.memory)
+        ]
+        self.transport = InprocTransport()
+        for region in self.regions:
+            self.transport.register(region)
+        transports: dict[str, Transport] = {"inproc": self.transport}
+        self.connections = Connections(transports, clock)
+        self.pusher = Pusher(self.connections, self.regions, BLOCK_SIZE, clock, FaultPoint(), rank)
+        self.lander = Lander(transports, self.regions, clock, FaultPoint(), rank)
+
+    def addresses(self, layer: int, block: int, offset: int) -> list[tuple[int, int]]:
+        """(head, where its row of one token lies), for each head of this rank."""
+        start = self.regions[layer].address + block * self.regions[layer].stride + offset * ROW_BYTES
+        return [(head, start + index * HEAD_BYTES) for index, head in enumerate(self.heads)]
+
+    def kill(self) -> None:
+        self.pusher.close()
+        self.transport.close()
+
+
 class SimEngine:
     """One instance. `outbox` holds (receiver, message) until the test delivers it."""
 
-    def __init__(self, name: str, clock: ManualClock, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        clock: ManualClock,
+        limits: Limits | None = None,
+        num_ranks: int = 1,
+        layout: KVLayout = LAYOUT,
+    ) -> None:
         self.clock = clock
-        self.peer = Peer(name, f"tcp://127.0.0.1:{1000 + len(name)}", f"boot-{name}")
+        self.peer = Peer(name, f"tcp://127.0.0.1:{1000 + len(name)}", f"boot-{name}", num_ranks)
         self.outbox: deque[tuple[Peer, Message]] = deque()
         self.reports: list[Report] = []
         self.free = set(range(NUM_BLOCKS))
         self.requests: dict[str, SimRequest] = {}
+        self.ended: dict[str, list[bool]] = {}
         self.is_alive = True
-        self.memory = [ctypes.create_string_buffer(NUM_BLOCKS * BLOCK_BYTES) for _ in range(LAYERS)]
-        self.regions = [
-            Region(layer, ctypes.addressof(memory), BLOCK_BYTES, BLOCK_BYTES, NUM_BLOCKS)
-            for layer, memory in enumerate(self.memory)
-        ]
-        self.transport: Transport = InprocTransport()
-        for region in self.regions:
-            self.transport.register(region)
-        faults = FaultPoint()
-        transports = {"inproc": self.transport}
-        self.pusher = Pusher(transports, self.regions, BLOCK_SIZE, clock, faults)
-        self.lander = Lander(transports, self.regions, clock, faults)
-        ports = Ports(self._send, lambda: None, self.reports.append, clock, faults)
-        self.sender = Sender(self.peer, LAYOUT, ports)
-        offer = Offer(LAYOUT, [("inproc", self.transport.describe())])
+        self.ranks = [SimRank(rank, num_ranks, clock, layout) for rank in range(num_ranks)]
+        ports = Ports(self._send, lambda: None, self.reports.append, clock, FaultPoint())
+        self.sender = Sender(self.peer, layout, ports)
+        offer = Offer(layout, [[("inproc", rank.transport.describe())] for rank in self.ranks])
         self.accounts = Accounts(name, self.reports.append)
         self.receiver = Receiver(self.peer, offer, ports, self.accounts, limits or Limits())
 
@@ -107,8 +137,8 @@ class SimEngine:
     def kill(self) -> None:
         """kill -9: nothing more is written or said."""
         self.is_alive = False
-        self.pusher.close()
-        self.transport.close()
+        for rank in self.ranks:
+            rank.kill()
         self.outbox.clear()
 
     # ---- one engine step ----
@@ -118,25 +148,32 @@ class SimEngine:
         if not self.is_alive:
             return
         chunks = self._schedule()
-        self.lander.begin_step(self.receiver.take_commands())
-        self.pusher.begin_step(self.sender.take_commands())
+        pushed, landed = self._forward(chunks)
+        for request, _, end in chunks:
+            if request.status == "running" and end == request.prompt.num_tokens:
+                self._finish(request, completed=True)
+        self._count(landed)
+        self.receiver.on_results(landed)
+        for request_id in self.sender.on_results(pushed):
+            self._free(self.requests[request_id.split("@")[0]])
+
+    def _forward(self, chunks: list[tuple[SimRequest, int, int]]) -> tuple[PushResults, LandResults]:
+        land, push = self.receiver.take_commands(), self.sender.take_commands()
+        for rank in self.ranks:
+            rank.lander.begin_step(land)
+            rank.pusher.begin_step(push)
         for layer in range(LAYERS):
             for request, begin, end in chunks:
                 for token in range(begin, end):
                     self._write_token(request, layer, token)
-            self.pusher.save_layer(layer)
-        self.pusher.sweep()
-        pushed, landed = self.pusher.end_step(), self.lander.end_step()
-        for request, _, end in chunks:
-            if request.status == "running" and end == request.prompt.num_tokens:
-                self._finish(request, completed=True)
-        for lost in landed.lost:
-            self._settle(self.requests[lost.handoff], received=False)
-        for received in landed.received:
-            self._settle(self.requests[received.handoff], received=True)
-        self.receiver.on_results(landed)
-        for request_id in self.sender.on_results(pushed):
-            self._free(self.requests[request_id.split("@")[0]])
+            for rank in self.ranks:
+                rank.pusher.save_layer(layer)
+        pushed, landed = PushResults(), LandResults()
+        for rank in self.ranks:
+            rank.pusher.sweep()
+            pushed = pushed.with_those_of(rank.pusher.end_step())
+            landed = landed.with_those_of(rank.lander.end_step())
+        return pushed, landed
 
     def _schedule(self) -> list[tuple[SimRequest, int, int]]:
         for request in self.requests.values():
@@ -194,6 +231,14 @@ class SimEngine:
             return None
         return [self.free.pop() for _ in range(needed)]
 
+    def _count(self, landed: LandResults) -> None:
+        """As vLLM does: a request has arrived when every rank has said so, and failed if any has."""
+        for ended in landed.ended():
+            of_ranks = self.ended.setdefault(ended.handoff, [])
+            of_ranks.append(isinstance(ended, Received))
+            if len(of_ranks) == len(self.ranks):
+                self._settle(self.requests[ended.handoff], received=all(self.ended.pop(ended.handoff)))
+
     def _settle(self, request: SimRequest, *, received: bool) -> None:
         """vLLM's reaction to finished_recving and failed_recving."""
         if request.status != "remote":
@@ -236,15 +281,14 @@ class SimEngine:
 
     def _write_token(self, request: SimRequest, layer: int, token: int) -> None:
         block, offset = request.blocks[token // BLOCK_SIZE], token % BLOCK_SIZE
-        content = token_bytes(request.prompt.handoff.id, layer, token)
-        start = self.regions[layer].address + block * BLOCK_BYTES + offset * TOKEN_BYTES
-        ctypes.memmove(start, content, TOKEN_BYTES)
+        for rank in self.ranks:
+            for head, address in rank.addresses(layer, block, offset):
+                ctypes.memmove(address, row(request.prompt.handoff.id, layer, head, token), ROW_BYTES)
 
     def check(self, request: SimRequest, num_tokens: int) -> None:
-        """Every token's KV is this request's, in every layer."""
-        for layer, region in enumerate(self.regions):
-            for token in range(num_tokens):
-                block, offset = request.blocks[token // BLOCK_SIZE], token % BLOCK_SIZE
-                start = region.address + block * BLOCK_BYTES + offset * TOKEN_BYTES
-                found = ctypes.string_at(start, TOKEN_BYTES)
-                assert found == token_bytes(request.prompt.handoff.id, layer, token), (request, layer, token)
+        """Every token's KV is this request's, in every layer and head."""
+        for layer, token, rank in itertools.product(range(LAYERS), range(num_tokens), self.ranks):
+            block, offset = request.blocks[token // BLOCK_SIZE], token % BLOCK_SIZE
+            for head, address in rank.addresses(layer, block, offset):
+                found = ctypes.string_at(address, ROW_BYTES)
+                assert found == row(request.prompt.handoff.id, layer, head, token), (request, layer, head, token)

@@ -10,6 +10,7 @@ from decode.land import Arm, Drop, LandCommands
 from decode.lander import DEAD_PEER_GRACE_S, Lander
 from transport.base import Blocks, Endpoint, Landing, Memory, Region
 from transport.faultpoint import FaultPoint
+from transport.runs import Lane
 
 
 class OneSidedLanding:
@@ -72,7 +73,7 @@ class House:
         self.memory = ctypes.create_string_buffer(4096)
         region = Region(0, ctypes.addressof(self.memory), 1024, 1024, 4)
         self.lander = Lander({"shm": self.transport}, [region], self.clock, FaultPoint())
-        self.lander.begin_step(LandCommands(arm=[Arm("a", "request", [0, 1], False)]))
+        self.lander.begin_step(LandCommands(arm=[Arm("a", "request", [0, 1], False, [Lane(0, 0, 0, 0, 1024)])]))
         self.lander.end_step()
         self.transport.landing.is_written = is_written
         self.drop(peer_dead=True)

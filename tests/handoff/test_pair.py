@@ -4,24 +4,31 @@ from __future__ import annotations
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from core.clock import ManualClock
 from core.handoff import Handoff
 from decode.admission import Limits
 from tests.handoff.sim import NUM_BLOCKS, SimEngine
 
+SIZES = [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (1, 4), (4, 4)]
+"""Tensor parallel sizes; of four ranks, two hold the same of the two heads."""
+
 
 class TwoEngines(RuleBasedStateMachine):
-    """One P, one D; requests arrive, messages travel late, clients leave, P dies, deadlines pass."""
+    """One P, one D, each of one to four ranks; requests arrive, messages travel late, clients leave, P dies, deadlines
+    pass."""
 
     def __init__(self) -> None:
         super().__init__()
         self.clock = ManualClock()
-        self.prefill = SimEngine("p", self.clock)
-        self.decode = SimEngine("d-", self.clock, Limits(recomputes=2))
         self.ids: list[str] = []
         self.aborted: set[str] = set()
+
+    @initialize(sizes=st.sampled_from(SIZES))
+    def begin(self, sizes: tuple[int, int]) -> None:
+        self.prefill = SimEngine("p", self.clock, num_ranks=sizes[0])
+        self.decode = SimEngine("d-", self.clock, Limits(recomputes=2), num_ranks=sizes[1])
 
     @precondition(lambda self: len(self.ids) < 6)
     @rule(num_tokens=st.integers(1, 30), same=st.booleans(), first=st.sampled_from("pd"))

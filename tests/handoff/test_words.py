@@ -10,19 +10,20 @@ import pytest
 
 from core.clock import ManualClock
 from core.handoff import Handoff
+from core.layout import KVLayout
 from decode.admission import Limits
 from prefill.outgoing import MAX_EARLY_BYTES
-from tests.handoff.sim import NUM_BLOCKS, SimEngine
+from tests.handoff.sim import LAYOUT, NUM_BLOCKS, SimEngine
 from transport.messages import Accept, Cancel, Cancelled, Decline, Failed, Landed, Message, Refused
 
 
 class Pair:
     """One P, one D, and the mail between them."""
 
-    def __init__(self, **limits: Any) -> None:
+    def __init__(self, ranks: tuple[int, int] = (1, 1), layout: KVLayout = LAYOUT, **limits: Any) -> None:
         self.clock = ManualClock()
-        self.prefill = SimEngine("p", self.clock)
-        self.decode = SimEngine("d-", self.clock, Limits(**limits))
+        self.prefill = SimEngine("p", self.clock, num_ranks=ranks[0], layout=layout)
+        self.decode = SimEngine("d-", self.clock, Limits(**limits), ranks[1], layout)
 
     def ask(self, name: str, num_tokens: int = 21) -> Handoff:
         handoff = Handoff(name, self.decode.peer, self.prefill.peer, timeout_s=30)
@@ -175,8 +176,8 @@ def test_the_memory_of_a_dead_receiver_is_let_go_although_no_hand_off_is_under_w
     pair = Pair()
     pair.ask("a")
     pair.run()
-    assert pair.prefill.pusher.num_endpoints() == 1
+    assert pair.prefill.ranks[0].connections.num_endpoints() == 1
     pair.decode.kill()
     pair.prefill.sender.on_peer_lost(pair.decode.peer.control)
     pair.prefill.step()
-    assert pair.prefill.pusher.num_endpoints() == 0
+    assert pair.prefill.ranks[0].connections.num_endpoints() == 0

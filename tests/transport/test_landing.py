@@ -18,7 +18,8 @@ def test_pieces_cover_a_block_exactly_when_every_byte_has_come(parts: list[tuple
     for start, num_bytes in parts:
         pieces.add(start, start + num_bytes)
         came.update(range(start, start + num_bytes))
-    assert pieces.covers(32) == (came == set(range(32)))
+    assert pieces.covers(0, 32) == (came == set(range(32)))
+    assert pieces.covers(8, 24) == (came >= set(range(8, 24)))
     assert len(pieces) == sum(1 for byte in came if byte - 1 not in came)
 
 

@@ -18,6 +18,7 @@ from transport.messages import (
     Failed,
     Landed,
     Message,
+    Part,
     Refused,
     decode_body,
     decode_envelope,
@@ -27,13 +28,13 @@ from transport.messages import (
 SENDER = Peer("d0", "tcp://127.0.0.1:4000", "boot")
 LAYOUT = KVLayout("model", "bfloat16", 28, 8, 128, 16, 65536, "LBHNC", "amx")
 MESSAGES: list[Message] = [
-    Accept("h", 100, b"hash", 2, [5, 6, 7], 48, [("shm", b"x"), ("zmq", b"y")], True, 30.0),
+    Accept("h", 100, b"hash", 2, [5, 6, 7], 48, [[("shm", b"x"), ("zmq", b"y")], []], True, 30.0, 2),
     Decline("h", "cached"),
     Cancel("h", "client gone"),
     Cancelled("h"),
     Refused("h", "layout", LAYOUT),
     Failed("h", "deadline"),
-    Landed("h", 48, 84, 1 << 40, (1 << 64) - 1, "shm", 1.5, 2.5),
+    Landed("h", 48, 1 << 40, [Part(0, 0, 84, (1 << 64) - 1, "shm"), Part(1, 0, 84, 1, "zmq")], 1.5, 2.5),
 ]
 
 

@@ -34,7 +34,7 @@ LAYOUT = KVLayout("model", "float32", 2, 2, 64, 16, 4096, "LBHNC", "vec")
 def test_another_protocol_and_another_layout_are_refused_with_both_sides_values(
     change: dict[str, object], why: str
 ) -> None:
-    correspondence = Correspondence(ConnectorSettings(name="p"), LAYOUT.fingerprint())
+    correspondence = Correspondence(ConnectorSettings(name="p"), LAYOUT.fingerprint(), 1)
     ports = Ports(correspondence.send, lambda: None, lambda report: None, SystemClock(), FaultPoint(None))
     receiver = Receiver(correspondence.me, Offer(LAYOUT, []), ports, Accounts("p", lambda report: None), Limits())
     correspondence.introduce(Sender(correspondence.me, LAYOUT, ports), receiver)

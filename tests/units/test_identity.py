@@ -49,7 +49,7 @@ LAYOUT = KVLayout("m", "bfloat16", 24, 2, 64, 128, 65536, "LBHNC", "vec")
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("model", "n"), ("dtype", "float32"), ("block_size", 64), ("order", "NHD"), ("isa", "amx"), ("protocol", 2)],
+    [("model", "n"), ("dtype", "float32"), ("block_size", 64), ("order", "NHD"), ("isa", "amx"), ("protocol", 99)],
 )
 def test_layouts_that_differ_in_any_field_are_told_apart_with_both_values(field: str, value: object) -> None:
     fields = {name: getattr(LAYOUT, name) for name in LAYOUT.__struct_fields__}
