@@ -4,7 +4,7 @@
     lease(host) ──▶ context ──▶ give_back
 
 Settings are those of a context (`_settings`), so other users of UCX in this process (NIXL) keep theirs; importing ucxx
-itself changes the environment, which is put back. A variable that the user has set wins.
+itself changes the environment, which is put back. A variable that the user has set wins, but for `_FIXED`.
 
 Memory model: a context keeps a few descriptors open and is never freed by ucxx while any request of it lives, so
 contexts of closed transports are kept for the next one; there are as many as were ever in use at the same time.
@@ -32,6 +32,9 @@ from transport.ucx_wire import MAX_MESSAGE_BYTES
 REMEDY = "pip install 'baton-serve[ucx]' (or ucxx-cu12 where the driver is for CUDA 12)"
 _SEGMENT_BYTES = MAX_MESSAGE_BYTES + (16 << 10)
 _SIOCGIFADDR = 0x8915
+_FIXED = frozenset({"RNDV_SCHEME"})
+"""What even the user's environment does not change: UCX 1.21 crashes where a peer dies in the middle of a rendezvous
+over TCP, which this scheme rules out."""
 
 _spare: dict[tuple[tuple[str, str], ...], list[Any]] = {}
 _spare_lock = threading.Lock()
@@ -75,7 +78,9 @@ class Lease:
     """A context of the library, for one transport. Raises ConfigError if the host is not ours."""
 
     def __init__(self, host: str) -> None:
-        own = {name: value for name, value in _settings(host).items() if f"UCX_{name}" not in os.environ}
+        own = {
+            name: value for name, value in _settings(host).items() if name in _FIXED or f"UCX_{name}" not in os.environ
+        }
         self._key = tuple(sorted(own.items()))
         with _spare_lock:
             spare = _spare.setdefault(self._key, [])

@@ -42,3 +42,25 @@ def test_a_new_landing_under_a_closed_tag_is_not_closed_by_the_old_one() -> None
     new = inbox.open("t", [Blocks(0, (0,))], {0: region})
     assert old.close()
     assert inbox.find("t") is new
+
+
+def test_a_landing_is_closed_only_once_no_receive_into_it_is_held() -> None:
+    memory = ctypes.create_string_buffer(64)
+    region, inbox = Region(0, ctypes.addressof(memory), 64, 64, 1), Inbox()
+    landing = inbox.open("t", [Blocks(0, (0,))], {0: region})
+    with inbox.lock:
+        landing.hold()
+    assert landing.close() is False
+    assert inbox.find("t") is None, "nothing new begins"
+    with inbox.lock:
+        landing.release()
+    assert landing.close() is True
+
+
+def test_blocks_in_a_gpus_memory_are_counted_and_not_read() -> None:
+    region, inbox = Region(0, 4096, 64, 64, 1, device=0), Inbox()
+    landing = inbox.open("t", [Blocks(0, (0,))], {0: region})
+    with inbox.lock:
+        landing.record(Span(region, 0, 64), [0])
+    assert landing.num_written() == 1
+    assert landing.digest() is None

@@ -49,13 +49,6 @@ def test_it_does_what_every_transport_must() -> None:
     check_transport(make_hasty)
 
 
-def test_it_still_does_by_rendezvous(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As over RDMA and with GPU memory: the library writes into the blocks while it makes progress."""
-    monkeypatch.setenv("UCX_RNDV_THRESH", "512")
-    monkeypatch.setenv("UCX_RNDV_SCHEME", "auto")
-    check_transport(make_hasty)
-
-
 def test_it_still_does_when_completion_is_delayed() -> None:
     check_transport(lambda: FaultyTransport(make_hasty(), Faults(delay_polls=3, delay_s=0.002)))
 
@@ -93,13 +86,7 @@ def test_a_receiver_killed_in_mid_write_fails_the_endpoint_for_good() -> None:
     sender.transport.close()
 
 
-@pytest.mark.parametrize("rendezvous_bytes", ["", "512"])
-def test_a_sender_killed_in_mid_write_leaves_a_fence_a_working_transport_and_nothing_else(
-    monkeypatch: pytest.MonkeyPatch, rendezvous_bytes: str
-) -> None:
-    if rendezvous_bytes:
-        monkeypatch.setenv("UCX_RNDV_THRESH", rendezvous_bytes)
-        monkeypatch.setenv("UCX_RNDV_SCHEME", "auto")
+def test_a_sender_killed_in_mid_write_leaves_a_fence_a_working_transport_and_nothing_else() -> None:
     receiver, other = Owned(make(), BLOCK_BYTES, NUM_BLOCKS), Owned(make(), BLOCK_BYTES, NUM_BLOCKS, fill=9)
     endpoint = other.transport.connect(receiver.transport.describe())
     before = 0
@@ -109,7 +96,7 @@ def test_a_sender_killed_in_mid_write_leaves_a_fence_a_working_transport_and_not
             assert peer.says() == "done"
             assert landing.num_written() == NUM_BLOCKS
             peer.signal(signal.SIGKILL)
-        until(landing.close, 5.0, "no write can follow")
+        assert landing.close() is True
         ctypes.memset(receiver.region.address, 0, BLOCK_BYTES * NUM_BLOCKS)
         proper = receiver.expect("proper", [1])
         finish(endpoint.write("proper", other.blocks([1]), receiver.blocks([1])))
@@ -337,12 +324,13 @@ def test_the_environment_stays_as_the_user_left_it() -> None:
     program = """
 import os
 os.environ["UCX_RNDV_THRESH"] = "64k"
+os.environ["UCX_RNDV_SCHEME"] = "auto"
 before = dict(os.environ)
 from transport.schemes import make_transport
 transport = make_transport("ucx", "127.0.0.1")
 assert dict(os.environ) == before, set(os.environ.items()) ^ set(before.items())
 assert "64K" in transport._lease.context.config["RNDV_THRESH"], "the user's variable wins"
-assert transport._lease.context.config["RNDV_SCHEME"] == "get_zcopy", "ours holds where there is none"
+assert transport._lease.context.config["RNDV_SCHEME"] == "get_zcopy", "but for what would crash UCX"
 transport.close()
 """
     clean = {name: value for name, value in os.environ.items() if not name.startswith("UCX_")}

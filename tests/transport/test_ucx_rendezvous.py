@@ -1,4 +1,7 @@
-"""Receives that the library completes by and by, as over RDMA: the notice waits for them, and so does the fence."""
+"""Receives that the library completes by and by, as over RDMA: the notice waits for them, and so does the fence.
+
+Here by a rendezvous over TCP, which Baton itself never uses: each comes to its end, or UCX might crash.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import pytest
 from tests.poll import until
 from tests.transport.memory import Owned
 from tests.transport.ucx_stranger import Stranger
-from transport import schemes
+from transport import schemes, ucx_library
 from transport.base import Landing
 from transport.frames import Data, Notice
 from transport.ucx import UcxTransport
@@ -53,6 +56,7 @@ class Announced:
 def announced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Announced]:
     monkeypatch.setenv("UCX_RNDV_THRESH", "512")
     monkeypatch.setenv("UCX_RNDV_SCHEME", "auto")
+    monkeypatch.setattr(ucx_library, "_FIXED", frozenset())
     announced = Announced()
     yield announced
     announced.close()
