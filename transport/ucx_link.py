@@ -32,6 +32,7 @@ from transport.ucx_wire import (
     is_proven,
 )
 from transport.ucx_worker import UcxPeer, UcxWorker, array, failure_of, place
+from transport.zmq_buffers import FrameBuffers
 
 CONNECT_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 10.0
@@ -180,7 +181,7 @@ class UcxLink:
             piece, frame = taken
             peer.say(frame)
             if piece is not None and not transfer.is_read():
-                line.payloads.append((self._window.next_number, gather(*transfer.local(piece))))
+                line.payloads.append((self._window.next_number, line.gather(self._window.next_number, transfer, piece)))
             self._window.add(_Sent(transfer, piece, FRAME_COST_BYTES + (payload_bytes(piece) if piece else 0)))
         peer.flush()
         while line.payloads:
@@ -190,6 +191,8 @@ class UcxLink:
         sent = self._window.take(number)
         if sent is None:
             return False
+        if self._line is not None:
+            self._line.buffers.answered(number)
         if why_not:
             sent.transfer.stop(f"the receiver refused: {why_not}")
         sent.transfer.answered()
@@ -241,9 +244,14 @@ class _Line:
         self.peer: UcxPeer | None = None
         self.answers: collections.deque[tuple[int, _Sent]] = collections.deque()
         self.payloads: collections.deque[tuple[int, memoryview]] = collections.deque()
+        self.buffers = FrameBuffers()
         self.why_unfilled = ""
         self._id = id_
         self._running: tuple[Any, bytearray | None] | None = None
+
+    def gather(self, number: int, transfer: PiecewiseTransfer, piece: Piece) -> memoryview:
+        """A frame's payload; a copy stays as it is until the frame is answered."""
+        return gather(*transfer.local(piece), lambda num_bytes: self.buffers.lend(number, num_bytes))
 
     def fill(self, number: int, transfer: PiecewiseTransfer, piece: Piece) -> bool:
         """Whether the payload is in place, or never will be (`why_unfilled`)."""

@@ -67,7 +67,7 @@ class _Running(NamedTuple):
     request: Any
     landing: CountedLanding | None
     span: Span | None
-    copy: bytearray | None
+    copy: memoryview | None
 
 
 class UcxReceiver:
@@ -80,6 +80,19 @@ class UcxReceiver:
         self.inbox = inbox
         self.parking: Parking[_Parked] = Parking()
         self.malformed = 0
+        self._room = bytearray()
+
+    def take_room(self, num_bytes: int) -> memoryview:
+        """Room for a payload that is received through a copy: mostly the same, as a receive over TCP ends at once."""
+        room, self._room = self._room, bytearray()
+        if len(room) < num_bytes:
+            room = bytearray(MAX_MESSAGE_BYTES)
+        return memoryview(room)[:num_bytes]
+
+    def return_room(self, room: memoryview) -> None:
+        """Nobody needs it any more."""
+        if isinstance(room.obj, bytearray):
+            self._room = room.obj
 
     def is_early(self, tag: str) -> bool:
         """Whether nobody expects this tag, nor has lately. Under the inbox's lock."""
@@ -243,7 +256,7 @@ class UcxCaller:
         """Under the inbox's lock."""
         landing.hold()
         num_bytes = len(frame.ids) * span.num_bytes
-        copy = None if lie_together(span, frame.ids) else bytearray(num_bytes)
+        copy = None if lie_together(span, frame.ids) else self._receiver.take_room(num_bytes)
         into = place(span.address(frame.ids[0]), num_bytes) if copy is None else array(copy)
         return _Running(frame, self._receiver.worker.receive(self._id, frame.number, into), landing, span, copy)
 
@@ -265,6 +278,8 @@ class UcxCaller:
                 if not why:
                     running.landing.record(running.span, running.frame.ids)
                 running.landing.release()
+            if running.copy is not None:
+                self._receiver.return_room(running.copy)
             if self._peer is not None:
                 self._settle(self._peer, running.frame.number, why)
         return has_moved
