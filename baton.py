@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _PASSED = ("--prefill-args", "--decode-args")
 _CLEAR = "\r\033[K"
-_BENCHMARKS = ("handoff", "cache", "codecs")
+_BENCHMARKS = ("handoff", "transfer", "cache", "codecs")
 _CACHE_WORDS = (
     "disk=/FOLDER:SIZE, redis://HOST:PORT, s3://BUCKET/PREFIX, peer=HOST:PORT with listen=HOST:PORT; codec=zstd behind "
     "a tier; policy=lru, ttl=1h, quota=2GiB, write=back, admit=second"
@@ -67,7 +67,15 @@ def __getattr__(name: str) -> object:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script's entry."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"serve": _serve, "instance": _instance, "cache": _cache, "keys": _keys, "demo": _demo, "bench": _bench}
+    commands = {
+        "serve": _serve,
+        "instance": _instance,
+        "keys": _keys,
+        "cache": _cache,
+        "demo": _demo,
+        "doctor": _doctor,
+        "bench": _bench,
+    }
     if not given or given[0] in ("-h", "--help"):
         print(_USAGE)
         return 0 if given else 2
@@ -93,7 +101,8 @@ _USAGE = """usage: baton COMMAND ...
   keys PATH    make the key file by which a cluster encrypts, and knows who belongs to it
   cache        serve, stats, ls, pin, unpin, drop, warm: the host's shared KV cache by hand
   demo         start 1P1D with the bundled model, ask a question, show its timeline, stop
-  bench NAME   measure; NAME is one of: handoff, cache, codecs
+  doctor       which transports work here, how fast, and which limits stand in the way
+  bench NAME   measure; NAME is one of: handoff, transfer, cache, codecs
 
 baton COMMAND --help says more."""
 
@@ -112,7 +121,7 @@ def _serve(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--prefill-args", type=_words, default=(), metavar='"..."', help="for vLLM, prefill instances")
     parser.add_argument("--decode-args", type=_words, default=(), metavar='"..."', help="for vLLM, decode instances")
-    parser.add_argument("--transport", choices=("auto", "shm", "zmq"), default="auto", help="how KV moves (auto)")
+    _add_transport(parser)
     parser.add_argument(
         "--cache",
         metavar="8GiB[,TIER...][,RULE...]",
@@ -136,12 +145,29 @@ def _instance(arguments: Sequence[str]) -> int:
     parser.add_argument("--port", type=int, default=0, help="of its OpenAI server (a free one)")
     parser.add_argument("--name", help="unique behind one proxy")
     parser.add_argument("--cache", metavar="unix:PATH", help="the host's cache server, if there is one")
-    parser.add_argument("--transport", choices=("auto", "shm", "zmq"), default="auto", help="how KV moves (auto)")
+    _add_transport(parser)
     parser.add_argument("--keys", metavar="PATH", help=_KEYS)
     own, _, passed = _split(arguments)
     options = parser.parse(own)
     options.passed = tuple(passed)
     return _call("cluster.single", options)
+
+
+def _add_transport(parser: _Parser) -> None:
+    choices = importlib.import_module("transport.schemes").choices()
+    parser.add_argument(
+        "--transport", choices=choices, default="auto", help="how KV moves: the fastest, or this (auto)"
+    )
+
+
+def _doctor(arguments: Sequence[str]) -> int:
+    parser = _Parser(
+        "baton doctor",
+        description="Shows which transports work here and how fast, and the limits that matter, with what to do about "
+        "each. Exit code 0: all that `--transport auto` takes works; 1: something must be put right, marked FIX.",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    return _call("cluster.doctor", parser.parse(arguments))
 
 
 def _keys(arguments: Sequence[str]) -> int:

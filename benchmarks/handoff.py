@@ -41,8 +41,8 @@ def run(argv: list[str], zygote: Zygote | None = None) -> int:
     options = parse(argv, has_fast_bfloat16(read_cpuinfo()))
     machine = this_machine()
     started = running(options.systems, options.recipe, Progress(sys.stderr), zygote)
-    result = _measured(options, shlex.join(["baton", "bench", "handoff", *argv]), machine, started)
-    _print(result)
+    result = measured(options, shlex.join(["baton", "bench", "handoff", *argv]), machine, started)
+    show(result)
     write_raw(result, options.out)
     if options.markdown is not None:
         path = file_name(result, options.markdown)
@@ -51,7 +51,7 @@ def run(argv: list[str], zygote: Zygote | None = None) -> int:
     return 1 if any(sample.problem for sample in result.samples) else 0
 
 
-def _measured(
+def measured(
     options: HandoffOptions, command: str, machine: Machine, started: AbstractContextManager[dict[str, Cluster]]
 ) -> Run:
     """Everything that it starts is stopped again, whatever ends it."""
@@ -91,7 +91,7 @@ def _yard(options: HandoffOptions, machine: Machine, block_size: int, clock: Clo
         yield Yard(yardstick, core, block_size, recipe.max_num_batched_tokens)
 
 
-def _print(result: Run) -> None:
+def show(result: Run) -> None:
     rows = rows_of(result)
     print()
     print(table.text_table(rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -15,6 +15,8 @@ from benchmarks.memcpy import Yardstick
 from benchmarks.results import Copy, Sample, handover_of, problem_of
 from benchmarks.systems import MAX_TOKENS, MODEL_NAME, System
 from core.clock import Clock
+
+T = TypeVar("T")
 
 FIRST_TOKEN_ID = 16
 """Below are the special tokens."""
@@ -107,7 +109,7 @@ class Measurement:
         return {"model": MODEL_NAME, "prompt": prompt, "max_tokens": MAX_TOKENS, "ignore_eos": True, "temperature": 0}
 
 
-def turned(systems: Sequence[System], repeat: int) -> list[System]:
+def turned(systems: Sequence[T], repeat: int) -> list[T]:
     """The same circle, entered one place further each time."""
     at = repeat % len(systems)
     return [*systems[at:], *systems[:at]]

@@ -19,7 +19,7 @@ from engine.instance import ENV_VLLM_CORES, InstanceSpec, num_ranks
 from engine.preflight import check_arguments, check_device, check_memory, check_model, check_ranks
 from kvcache.spec import CacheSpec
 from transport.keys import read_keys
-from transport.schemes import unavailable
+from transport.schemes import wanted_schemes
 
 
 def instances(topology: Topology, options: ClusterOptions, proxy_url: str, build: Build) -> list[InstanceSpec]:
@@ -61,9 +61,7 @@ def with_keys(options: ClusterOptions) -> ClusterOptions:
         return options
     path = os.path.abspath(options.keys)
     read_keys(path)
-    why = unavailable(options.transport, has_keys=True) if options.transport != "auto" else ""
-    if why:
-        raise ConfigError(f"--transport {options.transport}: {why}")
+    wanted_schemes(options.transport, has_keys=True)
     if options.cache is not None and options.cache.is_on_the_network:
         raise ConfigError(
             "--keys: caches of other hosts (listen=, peer=) send their blocks unencrypted: leave these words out of "
@@ -86,6 +84,8 @@ def check(specs: list[InstanceSpec], build: Build, cache_bytes: int = 0) -> None
         check_device(build.device, plain=spec.plain)
         check_arguments(spec.arguments, plain=spec.plain, cached=cache_bytes > 0 or bool(spec.connector.get("cache")))
         check_model(spec.model.path, plain=spec.plain)
+        if not spec.plain:
+            wanted_schemes(spec.transport)
         check_ranks(spec.model.path, num_ranks(spec.arguments))
     if build.device is Device.CPU:
         check_memory(specs, cache_bytes)

@@ -7,7 +7,8 @@ import re
 import msgspec
 
 from core.errors import ConfigError
-from core.handoff import Role
+from core.handoff import Peer, Role
+from core.path import Path
 from core.report import Report
 
 
@@ -40,6 +41,7 @@ class InstanceInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fingerprint: of its KVLayout; only instances with the same one are paired. num_ranks: tensor-parallel workers.
     silent_peers: boot ids of instances that were asked to stop writing into its memory and do not answer: only their
         end makes the blocks safe to use again, so whoever started them must end them.
+    paths: what it knows of its ways to the instances that it sends to.
     """
 
     name: str
@@ -54,6 +56,7 @@ class InstanceInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     free_blocks: int = 0
     pid: int = 0
     silent_peers: list[str] = []
+    paths: list[Path] = []
     num_ranks: int = 1
 
 
@@ -63,3 +66,10 @@ class Heartbeat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     instance: InstanceInfo
     reports: list[Report] = []
     leaving: bool = False
+
+
+class Welcome(msgspec.Struct, frozen=True):
+    """What the proxy answers to a heartbeat. peers: instances that may send to this one."""
+
+    known: bool = True
+    peers: list[Peer] = []

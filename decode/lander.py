@@ -155,6 +155,7 @@ class Lander:
 
     def _settle_dropped(self, landing: _Landing, drop: Drop) -> bool:
         if landing.fenced or all(self._is_fenced(landing, each) for each in landing.all()):
+            self._close(landing)  # what a failed path has sent may still arrive: refused where it can be
             self._results.lost.append(Lost(landing.arm.handoff, landing.arm.request_id, drop.why, self._rank))
             return True
         return False

@@ -1,6 +1,6 @@
 """Words between this instance's schedulers and its peers': who hears what, and what strangers are told.
 
-    control plane ──▶ Accept, Decline, Cancel ──▶ Sender            everything else ──▶ Receiver
+    control plane ──▶ Accept, Decline, Cancel ──▶ Sender     Greeting ──▶ Acquaintances     the rest ──▶ Receiver
 
 Threads: the control plane's thread delivers; `send` is for any thread.
 """
@@ -15,10 +15,11 @@ from core.errors import ProtocolError
 from core.handoff import Peer
 from core.layout import PROTOCOL_VERSION
 from decode.receiver import Receiver
+from engine.acquaintances import Acquaintances
 from engine.settings import ConnectorSettings
 from prefill.sender import Sender
 from transport.control import Callbacks, ControlPlane, Identity
-from transport.messages import Accept, Cancel, Decline, Envelope, Message, Refused, decode_body
+from transport.messages import Accept, Cancel, Decline, Envelope, Greeting, Message, Refused, decode_body
 
 _log = init_logger("vllm.baton")
 
@@ -29,13 +30,15 @@ class Correspondence:
     def __init__(self, settings: ConnectorSettings, fingerprint: str, num_ranks: int) -> None:
         self._fingerprint = fingerprint
         self._halves: tuple[Sender, Receiver] | None = None
+        self._acquaintances: Acquaintances | None = None
         identity = Identity(settings.name, uuid.uuid4().hex, fingerprint, num_ranks)
         callbacks = Callbacks(self._on_envelope, self._on_peer_lost, self._on_tick)
         self._control = ControlPlane(settings.host, identity, callbacks, keys=settings.read_keys())
         self.me = self._control.peer
 
-    def introduce(self, sender: Sender, receiver: Receiver) -> None:
-        """From now on these two hear."""
+    def introduce(self, sender: Sender, receiver: Receiver, acquaintances: Acquaintances | None = None) -> None:
+        """From now on these hear. Without acquaintances, greetings are not answered."""
+        self._acquaintances = acquaintances
         self._halves = sender, receiver
 
     def send(self, peer: Peer, message: Message) -> bool:
@@ -58,7 +61,10 @@ class Correspondence:
             self._on_stranger(envelope, sender, receiver)
             return
         message = decode_body(envelope)
-        if isinstance(message, Accept | Decline | Cancel):
+        if isinstance(message, Greeting):
+            if self._acquaintances is not None:
+                self._acquaintances.on_greeting(envelope.sender, message)
+        elif isinstance(message, Accept | Decline | Cancel):
             sender.on_message(envelope.sender, message)
         else:
             receiver.on_message(envelope.sender, message)
@@ -84,3 +90,5 @@ class Correspondence:
     def _on_tick(self) -> None:
         for half in self._halves or ():
             half.tick()
+        if self._acquaintances is not None:
+            self._acquaintances.tick()

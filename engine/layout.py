@@ -96,5 +96,6 @@ def regions_of(kv_caches: dict[str, torch.Tensor]) -> list[Region]:
         if not block.is_contiguous():
             raise UnsupportedError(f"the KV cache of layer {name} is not laid out block by block")
         stride = cache.stride(0) * cache.element_size()
-        regions.append(Region(index, cache.data_ptr(), block_bytes, stride, cache.shape[0]))
+        device = cache.device.index if cache.device.type == "cuda" else None
+        regions.append(Region(index, cache.data_ptr(), block_bytes, stride, cache.shape[0], device))
     return regions

@@ -21,6 +21,7 @@ from core.topology import InstanceInfo
 from decode.accounts import Accounts
 from decode.admission import Capacity
 from decode.receiver import Offer, Receiver
+from engine.acquaintances import Acquaintances, OwnWorker
 from engine.arrivals import Arrived
 from engine.cache_side import CacheScheduler, refuse_hash
 from engine.correspondence import Correspondence
@@ -70,6 +71,7 @@ class SchedulerSide:
         self._num_gated = 0
         self._schemes: list[str] = []
         self._join: JoinThread | None = None
+        self._acquaintances: Acquaintances | None = None
         self._receiver: Receiver | None = None  # until `start`; callbacks may come before that
         self._correspondence = Correspondence(settings, self._fingerprint, pool.num_ranks)
         self.me = self._correspondence.me
@@ -97,9 +99,12 @@ class SchedulerSide:
         self._schemes = [scheme for scheme, _ in schemes[0]]
         offer = Offer(self._layout, schemes, settings.full_digest, settings.audit)
         self._receiver = Receiver(self.me, offer, self._ports, self._accounts, settings.limits)
-        self._correspondence.introduce(self._sender, self._receiver)
+        worker = OwnWorker(schemes[0], handshakes[0].door if len(handshakes) == 1 else "")
+        acquaintances = Acquaintances(self.me, worker, self._correspondence.send, self._ports.clock)
+        self._acquaintances = acquaintances
+        self._correspondence.introduce(self._sender, self._receiver, acquaintances)
         if settings.join:
-            self._join = JoinThread(settings.join, self._info, settings.read_keys())
+            self._join = JoinThread(settings.join, self._info, settings.read_keys(), acquaintances.on_peers)
         _log.info(
             "baton instance %s (%s): control %s, transports %s, tensor parallel size %d, %s",
             self.me.name,
@@ -119,6 +124,8 @@ class SchedulerSide:
         if self._join is not None:
             self._join.close()
         self._correspondence.close()
+        if self._acquaintances is not None:
+            self._acquaintances.close()
         if self._cache is not None:
             self._cache.close()
 
@@ -299,6 +306,7 @@ class SchedulerSide:
             free_blocks=self._free_blocks(),
             pid=os.getpid(),
             silent_peers=self._receiver.silent_peers() if self._receiver is not None else [],
+            paths=self._acquaintances.paths() if self._acquaintances is not None else [],
             num_ranks=self.me.num_ranks,
         )
 

@@ -19,12 +19,13 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     name: for people and metrics; unique behind one proxy. role: what the proxy routes to it.
     url: where this instance's OpenAI server answers; join: the proxy to register with (empty: none).
     host: interface that control and data sockets bind to; loopback unless told otherwise.
-    transport: auto, shm or zmq. full_digest: every byte counts in the digest also over shm.
+    transport: auto, or one of transport/schemes.py. transport_options: by scheme, what it takes (nixl: NixlOptions in
+    transport/nixl_agent.py). full_digest: every byte counts in the digest also over shm.
     audit: fill blocks with a pattern before asking for them, and count afterwards what was not written.
     cache: the socket of the host's cache server; empty: KV is kept in the engine alone.
     keys: path of the cluster's key file (`baton keys`): what leaves this host is encrypted, and only who has the same
         keys is spoken to; empty: nothing is encrypted.
-    fault, faulty: for tests of recovery, see transport/faultpoint.py and transport/faulty.py.
+    fault, faulty: for tests of recovery, see transport/faultpoint.py and transport/faulty.py (for all, or by scheme).
     """
 
     name: str = "baton"
@@ -33,11 +34,12 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     join: str = ""
     host: str = "127.0.0.1"
     transport: str = "auto"
+    transport_options: dict[str, dict[str, Any]] = {}
     full_digest: bool = False
     audit: bool = False
     limits: Limits = Limits()
     fault: Fault | None = None
-    faulty: dict[str, int] = {}
+    faulty: dict[str, Any] = {}
     cache: str = ""
     keys: str = ""
 

@@ -18,9 +18,10 @@ from prefill.push import PushCommands, PushResults
 
 @dataclass
 class Handshake(KVConnectorHandshakeMetadata):
-    """Worker to scheduler, once: the transports on offer with their descriptions, best first."""
+    """Worker to scheduler, once: the transports on offer with their descriptions, best first, and the worker's door."""
 
     schemes: list[tuple[str, bytes]] = field(default_factory=list)
+    door: str = ""
 
 
 @dataclass

@@ -15,14 +15,16 @@ from engine.memory import CacheMemory
 from engine.settings import ConnectorSettings
 from engine.steps import Handshake, StepOrders, StepResults
 from kvcache.orders import CacheResults
+from prefill.connections import Connections
+from prefill.prober import Prober
 from prefill.pusher import Pusher
 from transport.base import Memory, Transport
+from transport.door import Door
 from transport.faultpoint import FaultPoint
-from transport.faulty import Faults, FaultyTransport
-from transport.schemes import make_transport
-
-SCHEMES = ("shm", "zmq")
-"""Best first."""
+from transport.faulty import FaultyTransport, faults_of
+from transport.guarded import GuardedTransport
+from transport.schemes import make_transport, wanted_schemes
+from transport.scratch import Scratch, ScratchLandings
 
 
 class WorkerSide:
@@ -39,14 +41,16 @@ class WorkerSide:
         self._clock = SystemClock()
         self._memory: CacheMemory | None = None
         self._layers: dict[str, int] = {}
-        wanted = SCHEMES if settings.transport == "auto" else (settings.transport,)
         self._transports: dict[str, Transport] = {}
         keys = settings.read_keys()
-        for scheme in wanted:
-            transport = make_transport(scheme, settings.host, keys)
-            if settings.faulty:
-                transport = FaultyTransport(transport, Faults(**settings.faulty))
-            self._transports[scheme] = transport
+        for scheme in wanted_schemes(settings.transport, has_keys=keys is not None):
+            transport = make_transport(scheme, settings.host, keys, settings.transport_options)
+            faults = faults_of(settings.faulty, scheme)
+            self._transports[scheme] = GuardedTransport(FaultyTransport(transport, faults) if faults else transport)
+        self._connections = Connections(self._transports, self._clock)
+        self._door = Door()
+        self._scratch: Scratch | None = None
+        self._prober: Prober | None = None
         self._pusher: Pusher | None = None
         self._lander: Lander | None = None
         self._cache: CacheWorker | None = None
@@ -64,15 +68,18 @@ class WorkerSide:
         for transport in self._transports.values():
             for region in regions:
                 transport.register(region)
+        self._scratch = Scratch(self._transports)
+        self._prober = Prober(self._connections, ScratchLandings(self._transports), self._door, self._clock)
         faults = FaultPoint(self._settings.fault)
-        self._pusher = Pusher(self._transports, regions, self._block_size, self._clock, faults, self._rank)
+        self._pusher = Pusher(self._connections, regions, self._block_size, self._clock, faults, self._rank)
         self._lander = Lander(self._transports, regions, self._clock, faults, self._rank)
         if self._settings.cache:
             self._cache = CacheWorker(self._settings, regions, faults)
 
     def handshake(self) -> Handshake:
         """What the scheduler's side offers to peers."""
-        return Handshake([(scheme, transport.describe()) for scheme, transport in self._transports.items()])
+        schemes = [(scheme, transport.describe()) for scheme, transport in self._transports.items()]
+        return Handshake(schemes, self._door.address)
 
     def begin(self, orders: StepOrders) -> None:
         """Before the forward pass."""
@@ -124,6 +131,8 @@ class WorkerSide:
             self._cache.close()
         if self._pusher is not None:
             self._pusher.close()
+        if self._prober is not None:
+            self._prober.close()
         for transport in self._transports.values():
             transport.close()
 

@@ -9,18 +9,22 @@ next call. The write that brings the last layer's cursor to the end carries the 
 
 Memory and threads: runs in the engine's worker thread only. A transport may still be reading our blocks after a
 call returned; the scheduler keeps them until `Pushed` or `quiet` says that no transfer is running.
+
+Where a path fails under a hand-off, everything that is computed goes again over the next best one, once nothing runs on
+the failed one any more: the receiver has a landing for each, and both would write the same bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from core.clock import Clock
 from core.errors import TransferError
+from prefill.connections import Connections
+from prefill.peer_paths import Way
 from prefill.push import PushChunk, PushCommands, Pushed, PushFailed, PushResults, PushTarget, Quiet
-from transport.base import Blocks, Endpoint, Region, Transfer, TransferState, Transport
-from transport.choose import choose
+from transport.base import Blocks, Region, Transfer, TransferState
 from transport.digest import add, blocks_digest, is_full
 from transport.faultpoint import FaultPoint
 from transport.regions import part_of
@@ -30,9 +34,8 @@ from transport.regions import part_of
 class _Push:
     """One hand-off under way."""
 
-    target: PushTarget
-    scheme: str
-    endpoint: Endpoint
+    chunk: PushChunk
+    way: Way
     cursors: list[int]
     transfers: list[Transfer] = field(default_factory=list)
     digest: int = 0
@@ -46,6 +49,12 @@ class _Push:
     digest_s: float = 0.0
     why_failed: str = ""
     stopped: bool = False
+    failed_schemes: list[str] = field(default_factory=list)
+    why_rerouted: str = ""
+
+    @property
+    def target(self) -> PushTarget:
+        return self.chunk.target
 
     @property
     def end_block(self) -> int:
@@ -54,8 +63,13 @@ class _Push:
     def is_complete(self) -> bool:
         return min(self.cursors) >= self.end_block
 
-    def is_quiet(self) -> bool:
-        return all(t.poll() is not TransferState.RUNNING for t in self.transfers)
+    def begin_again(self, way: Way) -> None:
+        """From the first block, over another way; nothing of it is running."""
+        self.failed_schemes.append(self.way.scheme)
+        self.why_rerouted = f"{self.way.scheme} failed: {self.why_failed}"
+        self.way, self.why_failed, self.stopped = way, "", False
+        self.cursors = [self.target.first_block] * len(self.cursors)
+        self.digest = self.num_pairs = self.num_bytes = 0
 
 
 class Pusher:
@@ -64,7 +78,7 @@ class Pusher:
 
     def __init__(
         self,
-        transports: Mapping[str, Transport],
+        connections: Connections,
         regions: Sequence[Region],
         block_size: int,
         clock: Clock,
@@ -72,12 +86,11 @@ class Pusher:
         rank: int = 0,
     ) -> None:
         self._rank = rank
-        self._transports = transports
+        self._connections = connections
         self._regions = regions
         self._block_size = block_size
         self._clock = clock
         self._faults = faults
-        self._endpoints: dict[tuple[str, int, str], Endpoint] = {}
         self._pushes: dict[tuple[str, int], _Push] = {}
         self._stopping: list[str] = []
         self._chunks: list[PushChunk] = []
@@ -86,8 +99,7 @@ class Pusher:
     def begin_step(self, commands: PushCommands) -> None:
         """Takes one step's orders, before its forward pass."""
         for boot_id in commands.forget:
-            for key in [key for key in self._endpoints if key[0] == boot_id]:
-                self._endpoints.pop(key).close()
+            self._connections.forget(boot_id)
         for handoff in commands.stop:
             self._stop(handoff)
         mine = [chunk for chunk in commands.chunks if chunk.target.lane.sender == self._rank]
@@ -128,40 +140,24 @@ class Pusher:
         """Hand-offs with a write in flight: the engine should come back soon."""
         return sum(1 for push in self._pushes.values() if push.transfers)
 
-    def num_endpoints(self) -> int:
-        """Peers whose memory is reachable from here."""
-        return len(self._endpoints)
-
     def close(self) -> None:
         """Closes every endpoint: after this, nothing of this worker writes anywhere."""
-        for endpoint in self._endpoints.values():
-            endpoint.close()
-        self._endpoints.clear()
+        self._connections.close()
         self._pushes.clear()
 
     def _open(self, chunk: PushChunk) -> bool:
-        if chunk.key in self._pushes:
+        push = self._pushes.get(chunk.key)
+        if push is not None:
+            push.chunk = chunk
             return True
         target = chunk.target
         try:
-            scheme, description = choose(target.schemes, self._transports)
-            endpoint = self._endpoint(target, scheme, description)
+            way = self._connections.pick(target.decode, target.schemes, rank=target.lane.receiver)
         except TransferError as error:
             self._results.failed.append(PushFailed(chunk.handoff, str(error)))
             return False
-        cursors = [target.first_block] * len(self._regions)
-        self._pushes[chunk.key] = _Push(target, scheme, endpoint, cursors)
+        self._pushes[chunk.key] = _Push(chunk, way, [target.first_block] * len(self._regions))
         return True
-
-    def _endpoint(self, target: PushTarget, scheme: str, description: bytes) -> Endpoint:
-        key = target.decode.boot_id, target.lane.receiver, scheme
-        endpoint = self._endpoints.get(key)
-        if endpoint is None or endpoint.failure():
-            if endpoint is not None:
-                endpoint.close()
-            endpoint = self._transports[scheme].connect(description)
-            self._endpoints[key] = endpoint
-        return endpoint
 
     def _push_layer(self, push: _Push, chunk: PushChunk, layer: int) -> None:
         # The last block asked for may be partial: it ends at the prompt's last token but one.
@@ -189,12 +185,12 @@ class Pusher:
         remote = Blocks(layer, tuple(remote_ids), lane.receiver_start, lane.num_bytes)
         begun_s = self._clock.monotonic_s()
         try:
-            push.transfers.append(push.endpoint.write(lane.tag(chunk.handoff), local, remote, notice))
+            push.transfers.append(push.way.endpoint.write(lane.tag(chunk.handoff), local, remote, notice))
         except TransferError as error:
             push.why_failed, push.stopped = str(error), True
             return
         written_s = self._clock.monotonic_s()
-        full = is_full(push.scheme, push.target.full_digest)
+        full = is_full(push.way.scheme, push.target.full_digest)
         part = part_of(self._regions[layer], lane.sender_start, lane.num_bytes)
         digest = blocks_digest(part, local_ids, span.start - offset, full=full)
         push.digest = add(push.digest, digest)
@@ -209,18 +205,36 @@ class Pusher:
         running = [t for t, s in zip(push.transfers, states, strict=True) if s is TransferState.RUNNING]
         push.transfers = running
         if failures and not push.stopped:
-            push.why_failed, push.stopped = failures[0] or "a write failed", True
+            push.why_failed = push.way.endpoint.failure() or failures[0] or "a write failed"
+            push.stopped = True
             for transfer in running:
                 transfer.cancel()
         if running:
             return
         if push.stopped:
+            if push.why_failed and self._reroute(push):
+                return
             if push.why_failed:
                 self._results.failed.append(PushFailed(key[0], push.why_failed))
             del self._pushes[key]
         elif push.is_complete():
+            self._connections.wrote(push.way)
             self._results.pushed.append(self._pushed(key[0], push))
             del self._pushes[key]
+
+    def _reroute(self, push: _Push) -> bool:
+        """Begins again over the next best path, if this one has failed and there is another."""
+        if not self._connections.lost_write(push.way, push.why_failed):
+            return False
+        without = [*push.failed_schemes, push.way.scheme]
+        try:
+            way = self._connections.pick(push.target.decode, push.target.schemes, without, push.target.lane.receiver)
+        except TransferError:
+            return False
+        push.begin_again(way)
+        for layer in range(len(self._regions)):
+            self._push_layer(push, push.chunk, layer)
+        return True
 
     def _pushed(self, handoff: str, push: _Push) -> Pushed:
         return Pushed(
@@ -228,7 +242,8 @@ class Pusher:
             num_pairs=push.num_pairs,
             num_bytes=push.num_bytes,
             digest=push.digest,
-            scheme=push.scheme,
+            scheme=push.way.scheme,
+            why_rerouted=push.why_rerouted,
             moving_unix_s=push.moving_unix_s,
             last_layer_unix_s=push.last_layer_unix_s,
             computed_unix_s=push.computed_unix_s,
@@ -241,6 +256,6 @@ class Pusher:
     def _stop(self, handoff: str) -> None:
         self._stopping.append(handoff)
         for push in [push for key, push in self._pushes.items() if key[0] == handoff]:
-            push.stopped = True
+            push.stopped, push.why_failed = True, ""
             for transfer in push.transfers:
                 transfer.cancel()

@@ -28,6 +28,7 @@ class SendReports:
             "write_s": out.pushed.write_s,
             "digest_s": out.pushed.digest_s,
             "chunks": float(out.num_chunks),
+            "rerouted": float(bool(out.pushed.why_rerouted)),
         }
         self._report(
             Report(
@@ -35,6 +36,7 @@ class SendReports:
                 instance=self._instance,
                 role=Role.PREFILL,
                 outcome="sent",
+                why=out.pushed.why_rerouted,
                 transport=out.pushed.scheme,
                 prompt_tokens=out.prompt.num_tokens if out.prompt else 0,
                 num_bytes=out.pushed.num_bytes,

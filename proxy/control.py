@@ -1,4 +1,4 @@
-"""What instances and operators talk to: /instances, /requests/{id}, /health, /metrics."""
+"""What instances and operators talk to: /instances, /status, /requests/{id}, /health, /metrics."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from starlette.responses import Response
 
 from core.clock import SystemClock
 from core.errors import ProtocolError
-from core.handoff import Role
-from core.topology import Heartbeat
+from core.handoff import Peer, Role
+from core.topology import Heartbeat, InstanceInfo, Welcome
 from proxy.admission import Admission
 from proxy.arrival import read
 from proxy.errors import ErrorAnswer, RequestRefused
@@ -24,6 +24,7 @@ from proxy.metrics import Metrics
 from proxy.records import Records, show
 from proxy.registry import Instance, Registry, State
 from proxy.settings import Settings
+from proxy.status import status
 from transport.keys import read_keys
 from transport.seldom import Seldom
 from transport.signature import HEADER, check_signature
@@ -58,6 +59,7 @@ class Control:
         router = APIRouter()
         router.add_api_route("/instances", self.post_instance, methods=["POST"], response_model=None)
         router.add_api_route("/instances", self.get_instances, methods=["GET"], response_model=None)
+        router.add_api_route("/status", self.get_status, methods=["GET"], response_model=None)
         router.add_api_route("/requests/{request_id}", self.get_request, methods=["GET"], response_model=None)
         router.add_api_route("/health", self.get_health, methods=["GET"], response_model=None)
         router.add_api_route("/metrics", self.get_metrics, methods=["GET"], response_model=None)
@@ -80,11 +82,15 @@ class Control:
             raise RequestRefused(f"not a heartbeat: {error}", code="bad_heartbeat") from error
         for report in beat.reports:
             self._records.report(report)
-        return _json({"known": True})
+        return _json(Welcome(peers=_senders_to(beat.instance, self._registry)))
 
     async def get_instances(self, request: Request) -> Response:
         self._check_local(request)
         return _json({"instances": [self._show(instance) for instance in self._registry.all()]})
+
+    async def get_status(self, request: Request) -> Response:
+        self._check_local(request)
+        return _json(status(self._registry, self._admission.queue_length))
 
     async def get_request(self, request_id: str) -> Response:
         record = self._records.get(request_id)
@@ -114,6 +120,7 @@ class Control:
             Counter((i.role, i.state.value) for i in instances),
             {i.name: i.handoffs for i in instances if i.role is Role.PREFILL},
         )
+        self._metrics.paths.set(self._registry.all())
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def get_root(self) -> Response:
@@ -133,6 +140,15 @@ class Control:
             "serving": instance.serving,
             "suspect": instance.state is State.READY and self._registry.is_suspect(instance),
         }
+
+
+def _senders_to(info: InstanceInfo, registry: Registry) -> list[Peer]:
+    """The prefill instances that may hand off to a decode instance."""
+    if info.role is not Role.DECODE or not info.control:
+        return []
+    senders = [i.info for i in registry.all() if i.role is Role.PREFILL and i.state in (State.STARTING, State.READY)]
+    fitting = [sender for sender in senders if sender.control and sender.fingerprint == info.fingerprint]
+    return [Peer(sender.name, sender.control, sender.boot_id) for sender in fitting]
 
 
 def _is_loopback(host: str) -> bool:

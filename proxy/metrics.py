@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from core.handoff import Role
 from core.report import FromCache, Report
+from proxy.status import PathMetrics
 
 _MAX_LABELS = 64
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,48}")
@@ -43,6 +44,7 @@ class Metrics:
             "baton_queue_wait_seconds", "From arrival to being routed", buckets=_SECONDS, registry=reg
         )
         self.load = _Load(reg)
+        self.paths = PathMetrics(reg)
         self._handoffs = _Handoffs(reg)
         self._cache = _Cache(reg)
 

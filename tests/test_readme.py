@@ -16,6 +16,9 @@ SUPPORTED: list[tuple[str, str, str]] = [
     ("`0PyD`: plain vLLM behind the proxy", "yes", "engine/test_exact.py::test_cold_caches_one_at_a_time"),
     ("Chat and completions, streamed and not", "yes", "engine/test_exact.py::test_cold_caches_one_at_a_time"),
     ("Shared memory (`shm`) and TCP (`zmq`)", "yes", "engine/test_exact.py::test_cold_caches_one_at_a_time"),
+    ("NIXL (`nixl`), in host memory", "yes", "transport/test_nixl.py"),
+    ("UCX (`ucx`, through ucxx), in host memory", "yes", "transport/test_ucx.py"),
+    ("`cuda_ipc`, NIXL and UCX in GPU memory", "written, never measured, never chosen", "transport/test_cuda_ipc.py"),
     ("Chunked prefill, prefix caching", "yes", "engine/test_exact.py::test_one_side_warm"),
     (
         "float32 exact, bfloat16 within bounds",
@@ -26,6 +29,12 @@ SUPPORTED: list[tuple[str, str, str]] = [
     ("`n` > 1, several prompts, echo", "decode instance alone", "proxy/test_split.py"),
     ("A prefill instance dies at any moment", "yes", "engine/test_recovers.py::test_the_prefill_instance_dies"),
     ("A byte flips in transit", "yes", "engine/test_recovers.py::test_a_byte_is_flipped_in_transit"),
+    ("The fastest transport is taken", "yes", "engine/test_paths.py::test_a_slow_shm_loses_to_zmq"),
+    (
+        "A path breaks under a hand-off: the next best is taken",
+        "yes",
+        "engine/test_paths.py::test_a_path_that_fails_in_mid_push_costs_no_request",
+    ),
     ("A peer hangs", "yes", "engine/test_overload.py::test_a_stopped_prefill_instance_with_64_prompts_waiting"),
     (
         "Instances join by hand, over TCP (tested on one host)",
@@ -118,7 +127,16 @@ def test_every_script_that_the_readme_names_exists_and_runs() -> None:
 
 
 def test_every_command_of_the_readme_is_run_by_some_test() -> None:
-    """curl: test_clients; launch, demo, cache: tests/cluster; instance, vllm serve: test_join; keys: test_command."""
-    known = ("scripts/launch ", "curl ", "baton instance ", "baton cache ", "baton keys ", "vllm serve ")
+    """curl: test_clients; launch, demo, cache, doctor: tests/cluster; instance, vllm serve: test_join; keys:
+    test_command."""
+    known = (
+        "scripts/launch ",
+        "curl ",
+        "baton instance ",
+        "baton cache ",
+        "baton keys ",
+        "baton doctor",
+        "vllm serve ",
+    )
     for command in commands():
         assert command.startswith(known), f"no test runs {command!r}"

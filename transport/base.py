@@ -34,13 +34,16 @@ class TransferState(enum.Enum):
 
 
 class Region(msgspec.Struct, frozen=True):
-    """An array of blocks in this process: block i is `block_bytes` bytes at `address + i * stride`."""
+    """An array of blocks in this process: block i is `block_bytes` bytes at `address + i * stride`.
+
+    device: the GPU in whose memory it lies; None for the host's."""
 
     id: int
     address: int
     block_bytes: int
     stride: int
     num_blocks: int
+    device: int | None = None
 
 
 class Blocks(msgspec.Struct, frozen=True):

@@ -3,19 +3,22 @@
 Memory model: a corrupted write copies its source blocks into scratch memory, damages the copy, and writes that; the
 scratch memory lives as long as the transport. The sender's own blocks stay as they are, so its digest stays right.
 Threading: as the wrapped transport; faults are decided in `write` by a count of writes over all endpoints, from 0.
+Writes between scratch regions, which measure a path, are delayed like others, but neither counted nor damaged.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 
 from core.clock import Clock, SystemClock
-from core.errors import TransferError
+from core.errors import ConfigError, TransferError
 from transport.base import Blocks, Endpoint, Landing, Memory, Region, Transfer, TransferState, Transport
 from transport.regions import Span, copy_pairs, resolve
+from transport.scratch import SCRATCH_REGION
 from transport.transfer import JoinedTransfer, SettledTransfer
 
 _FIRST_SCRATCH_REGION = 1 << 30
@@ -97,6 +100,9 @@ class FaultyEndpoint:
         self._why_failed = ""
 
     def write(self, tag: str, local: Blocks, remote: Blocks, notice: bytes | None = None) -> Transfer:
+        if local.region == SCRATCH_REGION:
+            failed = SettledTransfer(self._why_failed) if self._why_failed else None
+            return failed or self._delayed(self._inner.write(tag, local, remote, notice))
         faults, index = self._transport.faults, self._transport.num_writes
         self._transport.num_writes += 1
         if index == faults.disconnect_after:
@@ -190,3 +196,13 @@ def parse_faults(text: str) -> Faults:
         return msgspec.json.decode(text, type=Faults)
     except msgspec.DecodeError as error:
         raise TransferError(f"not faults: {error}") from error
+
+
+def faults_of(options: Mapping[str, Any], scheme: str) -> Faults | None:
+    """One scheme's share of an instance's `faulty` option: faults for all, or faults by scheme. Raises ConfigError."""
+    by_scheme = any(isinstance(value, dict) for value in options.values())
+    mine = options.get(scheme) if by_scheme else options
+    try:
+        return msgspec.convert(mine, Faults) if mine else None
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"faulty: {error}") from error

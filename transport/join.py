@@ -20,17 +20,18 @@ import msgspec
 
 from core.clock import SystemClock
 from core.errors import ConfigError
+from core.handoff import Peer
 from core.report import Report
-from core.topology import Heartbeat, InstanceInfo
+from core.topology import Heartbeat, InstanceInfo, Welcome
 from transport.keys import Keys
 from transport.signature import HEADER, sign
 
 HEARTBEAT_INTERVAL_S = 1.0
 REQUEST_TIMEOUT_S = 1.0
 MAX_QUEUED_REPORTS = 10_000
-MAX_ANSWER_BYTES = 4096
 _NO_BEAT = b"{}"
 MAX_REPORTS_PER_HEARTBEAT = 1_000
+MAX_ANSWER_BYTES = 1 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -78,13 +79,20 @@ class JoinThread:
     """Joins at once, then heartbeats until closed.
 
     info: called on the thread before each heartbeat; says what the instance is and how loaded it is. keys: heartbeats
-    are signed by them.
+    are signed by them. on_peers: called on the thread after each answer, with the instances that may send to this one.
     """
 
-    def __init__(self, proxy_url: str, info: Callable[[], InstanceInfo], keys: Keys | None = None) -> None:
+    def __init__(
+        self,
+        proxy_url: str,
+        info: Callable[[], InstanceInfo],
+        keys: Keys | None = None,
+        on_peers: Callable[[list[Peer]], None] = lambda peers: None,
+    ) -> None:
         self._address = parse_proxy_url(proxy_url)
         self._info = info
         self._keys = keys
+        self._on_peers = on_peers
         self._reports: collections.deque[Report] = collections.deque(maxlen=MAX_QUEUED_REPORTS)
         self._wake = threading.Condition()
         self._closing = False
@@ -135,6 +143,8 @@ class JoinThread:
             leaving = self._leaving
         try:
             status, words = self._post(msgspec.json.encode(Heartbeat(self._info(), batch, leaving)))
+            if status == http.HTTPStatus.OK:
+                self._on_peers(msgspec.json.decode(words, type=Welcome).peers)
         except Exception:  # noqa: BLE001 - `info` belongs to the engine; a dead thread would make a live instance look dead
             _log.exception("heartbeat failed")
             return False

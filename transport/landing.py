@@ -6,7 +6,8 @@
 Memory model: the blocks belong to the engine; a landing only holds their numbers. A pair's digest summand is taken
 from memory right after its bytes are in place, and a rewritten pair replaces its summand.
 Threading: the inbox's one lock is held by whoever copies bytes into a landing's blocks (a frame at a time, at most
-1 MiB) and by every method here, so after `close` returned nothing writes under the tag any more.
+1 MiB) and by every method here, so after `close` returned nothing writes under the tag any more. Where a library writes
+into the blocks by itself (RDMA), its receives are held (`hold`, `release`), and `close` is True only once none is.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from collections.abc import Mapping, Sequence
 from core.errors import TransferError
 from transport.base import Blocks, Region
 from transport.digest import bytes_digest
-from transport.regions import Span, resolve, view
+from transport.regions import Span, known_view, resolve
 
 MAX_CLOSED_TAGS = 4096
 MAX_PIECES_PER_BLOCK = 1024
 MAX_NOTICES = 1024
+CLOSE_WAIT_S = 0.25
+"""How long `close` waits for receives under way: a frame takes milliseconds, unless its sender has stopped."""
+
 _MASK = (1 << 64) - 1
 
 
@@ -51,18 +55,26 @@ class Pieces:
 
 
 class CountedLanding:
-    """A `transport.base.Landing` that counts. Made by `Inbox.open`; `spans`: the part of each region's blocks
-    that is expected."""
+    """A `transport.base.Landing` that counts. Made by `Inbox.open`. spans: the part of each region's blocks that is
+    expected. is_digested: False where blocks lie in a GPU's memory, which this process does not read."""
 
-    def __init__(self, inbox: Inbox, tag: str, positions: dict[int, dict[int, int]], spans: Mapping[int, Span]) -> None:
+    def __init__(
+        self,
+        inbox: Inbox,
+        tag: str,
+        positions: dict[int, dict[int, int]],
+        spans: Mapping[int, Span],
+        is_digested: bool = True,
+    ) -> None:
         self._inbox = inbox
         self._tag = tag
         self._positions = positions
         self._spans = spans
         self._pieces: dict[tuple[int, int], Pieces] = {}
         self._summands: dict[tuple[int, int], int] = {}
-        self._sum = 0
+        self._sum: int | None = 0 if is_digested else None
         self._notices: collections.deque[bytes] = collections.deque()
+        self._num_held = 0
 
     def poll(self) -> list[bytes]:
         with self._inbox.lock:
@@ -87,7 +99,17 @@ class CountedLanding:
 
     def close(self) -> bool:
         self._inbox.shut(self._tag, self)
-        return True
+        with self._inbox.lock:
+            return self._inbox.released.wait_for(lambda: not self._num_held, CLOSE_WAIT_S)
+
+    def hold(self) -> None:
+        """A receive into its blocks has begun. Under the inbox's lock."""
+        self._num_held += 1
+
+    def release(self) -> None:
+        """One has ended: nothing more will be written by it. Under the inbox's lock."""
+        self._num_held -= 1
+        self._inbox.released.notify_all()
 
     def refusal(self, region_id: int, block_ids: Sequence[int], written: Span | None = None) -> str:
         """Why these blocks, or the part of them that `written` names, may not be written; empty if they may. Under the
@@ -97,26 +119,47 @@ class CountedLanding:
             return f"region {region_id} is not expected under this tag"
         if written is not None and not _lies_in(written, self._spans[region_id]):
             return f"bytes {written.start}+{written.num_bytes} of region {region_id} are not expected under this tag"
-        for block_id in block_ids:
-            if block_id not in expected:
-                return f"block {block_id} of region {region_id} is not expected under this tag"
+        unexpected = next((block_id for block_id in block_ids if block_id not in expected), None)
+        if unexpected is not None:
+            return f"block {unexpected} of region {region_id} is not expected under this tag"
+        for block_id in block_ids if self._pieces else ():
             if len(self._pieces.get((region_id, block_id), ())) >= MAX_PIECES_PER_BLOCK:
                 return f"block {block_id} of region {region_id} comes in too many pieces"
         return ""
 
     def record(self, span: Span, block_ids: Sequence[int]) -> None:
         """Counts bytes that are in place now. Under the inbox's lock."""
-        expected = self._spans[span.region.id]
+        region, expected = span.region, self._spans[span.region.id]
         is_whole = _lies_in(expected, span)
-        for block_id in block_ids:
-            pair = (span.region.id, block_id)
-            if not is_whole and pair not in self._summands:
-                pieces = self._pieces.setdefault(pair, Pieces())
-                pieces.add(span.start, span.start + span.num_bytes)
-                if not pieces.covers(expected.start, expected.start + expected.num_bytes):
-                    continue
-            self._pieces.pop(pair, None)
-            self._count(expected, block_id)
+        complete = block_ids if is_whole else [each for each in block_ids if self._is_complete(span, each)]
+        if self._sum is None:
+            self._summands.update({(region.id, block_id): 0 for block_id in complete})
+        else:
+            self._sum = (self._sum + self._change(region, complete)) & _MASK
+        if self._pieces:
+            for block_id in complete:
+                self._pieces.pop((region.id, block_id), None)
+
+    def _change(self, region: Region, complete: Sequence[int]) -> int:
+        """By how much these blocks change the sum."""
+        change, expected = 0, self._spans[region.id]
+        memory = known_view(region.address, (region.num_blocks - 1) * region.stride + region.block_bytes)
+        positions, stride, size = self._positions[region.id], region.stride, expected.num_bytes
+        for block_id in complete:
+            pair, at = (region.id, block_id), block_id * stride + expected.start
+            summand = bytes_digest(memory[at : at + size], region.id, positions[block_id])
+            change += summand - self._summands.get(pair, 0)
+            self._summands[pair] = summand
+        return change
+
+    def _is_complete(self, span: Span, block_id: int) -> bool:
+        """Adds a part of a block; whether all its expected parts are there now."""
+        pair, expected = (span.region.id, block_id), self._spans[span.region.id]
+        if pair in self._summands:
+            return True
+        pieces = self._pieces.setdefault(pair, Pieces())
+        pieces.add(span.start, span.start + span.num_bytes)
+        return pieces.covers(expected.start, expected.start + expected.num_bytes)
 
     def notify(self, notice: bytes) -> bool:
         """Keeps a notice for `poll`; False if too many wait already. Under the inbox's lock."""
@@ -125,19 +168,13 @@ class CountedLanding:
         self._notices.append(notice)
         return True
 
-    def _count(self, span: Span, block_id: int) -> None:
-        region_id = span.region.id
-        block = view(span.address(block_id), span.num_bytes)
-        summand = bytes_digest(block, region_id, self._positions[region_id][block_id])
-        self._sum = (self._sum - self._summands.get((region_id, block_id), 0) + summand) & _MASK
-        self._summands[region_id, block_id] = summand
-
 
 class Inbox:
     """Every open landing of one transport."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
+        self.released = threading.Condition(self.lock)
         self._open: dict[str, CountedLanding] = {}
         self._closed: collections.OrderedDict[str, None] = collections.OrderedDict()
 
@@ -149,7 +186,8 @@ class Inbox:
             if tag in self._open:
                 raise TransferError(f"a landing is open already under tag {tag!r}")
             self._closed.pop(tag, None)
-            landing = CountedLanding(self, tag, positions, spans)
+            is_digested = all(regions[region_id].device is None for region_id in positions)
+            landing = CountedLanding(self, tag, positions, spans, is_digested)
             self._open[tag] = landing
         return landing
 

@@ -5,6 +5,8 @@
     P ── Refused ─▶ D        I never wrote, and will not           P ── Failed ───▶ D   I gave up; no write can follow
     P ── Landed ──▶ D        every byte is in place
 
+    D ── Greeting ▶ P        once per pair, before any hand-off: connect to me, and measure
+
 On the wire: an `Envelope` (MessagePack), whose fingerprint is compared before the body is decoded, so that a peer
 with another protocol or layout is answered clearly instead of being misread.
 """
@@ -109,7 +111,14 @@ class Landed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     last_layer_unix_s: float
 
 
-Message = Accept | Decline | Cancel | Cancelled | Refused | Failed | Landed
+class Greeting(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """D expects to be connected to and probed by P; `schemes` as in Accept. It belongs to no hand-off."""
+
+    schemes: Annotated[list[tuple[str, bytes]], msgspec.Meta(max_length=MAX_SCHEMES)]
+    handoff: _Id = ""
+
+
+Message = Accept | Decline | Cancel | Cancelled | Refused | Failed | Landed | Greeting
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True):

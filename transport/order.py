@@ -8,7 +8,7 @@ Threading: immutable.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from transport.base import Blocks, Region
 from transport.regions import Span, check_pairing, check_words, resolve
@@ -16,8 +16,7 @@ from transport.regions import Span, check_pairing, check_words, resolve
 Regions = Mapping[int, Region]
 
 
-@dataclass(frozen=True)
-class Order:
+class Order(NamedTuple):
     """A write (with a tag) or a read (without)."""
 
     local: Span
@@ -29,7 +28,8 @@ class Order:
 
     def aimed(self, remote_regions: Regions) -> Order:
         """The same with the peer's memory where it lies now."""
-        return replace(self, remote=self.remote._replace(region=remote_regions[self.remote.region.id]))
+        there = Span(remote_regions[self.remote.region.id], self.remote.start, self.remote.num_bytes)
+        return Order(self.local, self.local_ids, there, self.remote_ids, self.tag, self.notice)
 
     @property
     def source(self) -> tuple[Span, tuple[int, ...]]:

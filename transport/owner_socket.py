@@ -65,6 +65,10 @@ class OwnerSocket:
         except OSError:
             return False
 
+    def has_announced(self, tag: str) -> bool:
+        """Whether the owner knows who writes under this tag."""
+        return tag in self._announced
+
     def announce(self, tag: str) -> bool:
         """Tells the owner, once, who writes under this tag, before the first byte: its fence if we die. False if its
         queue is full now."""

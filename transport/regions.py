@@ -2,15 +2,19 @@
 
 Memory model: a `Span` is one byte range inside every block of a region. Nothing here owns memory; addresses are raw,
 so every block list passes `resolve` before its addresses are used.
-Threading: pure functions; the copy runs outside the interpreter lock (ctypes releases it).
+Threading: pure functions; large pieces are copied outside the interpreter lock (ctypes releases it).
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
+
+import msgspec
 
 from core.errors import TransferError
 from transport.base import Blocks, Region
@@ -18,6 +22,9 @@ from transport.runs import runs
 
 MAX_TAG_CHARACTERS = 1024
 MAX_NOTICE_BYTES = 16 << 10
+
+LARGEST_ASSIGNED_BYTES = 32 << 10
+FEWEST_ASSIGNED = 4
 
 
 class Span(NamedTuple):
@@ -52,9 +59,26 @@ def resolve(regions: Mapping[int, Region], blocks: Blocks, whose: str) -> Span:
         raise TransferError(
             f"bytes {blocks.start}+{num_bytes} lie outside {whose} region {region.id}'s blocks of {region.block_bytes}"
         )
-    if blocks.ids and (min(blocks.ids) < 0 or max(blocks.ids) >= region.num_blocks):
+    ids = known_ids(blocks.ids)
+    if ids.least < 0 or ids.most >= region.num_blocks:
         raise TransferError(f"block ids outside {whose} region {region.id} of {region.num_blocks} blocks")
     return Span(region, blocks.start, num_bytes)
+
+
+class KnownIds(NamedTuple):
+    """What a list of block ids is asked again and again: a hand-off writes the same ids once per layer."""
+
+    least: int
+    most: int
+    may_have_run: bool
+
+
+@functools.lru_cache(maxsize=32)
+def known_ids(ids: tuple[int, ...]) -> KnownIds:
+    """may_have_run: any id is one more than the one before it. Of no ids: 0, -1, no."""
+    if not ids:
+        return KnownIds(0, -1, False)
+    return KnownIds(min(ids), max(ids), 1 in map(operator.sub, ids[1:], ids))
 
 
 def check_pairing(local: Blocks, local_span: Span, remote: Blocks, remote_span: Span) -> None:
@@ -75,7 +99,7 @@ def check_words(tag: str, notice: bytes | None) -> None:
 
 def part_of(region: Region, start: int, num_bytes: int) -> Region:
     """A byte range of every block of a region, as a region with the same blocks."""
-    return Region(region.id, region.address + start, num_bytes, region.stride, region.num_blocks)
+    return msgspec.structs.replace(region, address=region.address + start, block_bytes=num_bytes)
 
 
 def is_run(ids: Sequence[int]) -> bool:
@@ -84,15 +108,41 @@ def is_run(ids: Sequence[int]) -> bool:
 
 
 def copy_pairs(source: Span, source_ids: Sequence[int], target: Span, target_ids: Sequence[int]) -> None:
-    """Copies block by block, or run by run where both sides are dense and consecutive."""
-    if not (source.is_dense() and target.is_dense()):
-        for source_id, target_id in zip(source_ids, target_ids, strict=True):
-            ctypes.memmove(target.address(target_id), source.address(source_id), source.num_bytes)
+    """Copies block by block, or run by run where both sides are dense and consecutive.
+
+    Many small pieces are assigned between two views, which costs half of a foreign call per piece; large ones are
+    copied by foreign calls, outside the interpreter lock.
+    """
+    if len(source_ids) != len(target_ids):
+        raise ValueError(f"{len(source_ids)} pieces cannot be copied to {len(target_ids)} places")
+    size, from_stride, to_stride = source.num_bytes, source.region.stride, target.region.stride
+    pieces: Iterable[tuple[int, int, int]] = zip(source_ids, target_ids, itertools.repeat(1))
+    may_join = len(source_ids) > 1 and source.is_dense() and target.is_dense()
+    if may_join and known_ids(tuple(source_ids)).may_have_run and known_ids(tuple(target_ids)).may_have_run:
+        pieces = runs(source_ids, target_ids)
+    if size > LARGEST_ASSIGNED_BYTES or len(source_ids) < FEWEST_ASSIGNED:
+        from_start, to_start = source.address(0), target.address(0)
+        for from_id, to_id, count in pieces:
+            ctypes.memmove(to_start + to_id * to_stride, from_start + from_id * from_stride, count * size)
         return
-    for run in runs(source_ids, target_ids):
-        ctypes.memmove(target.address(run.target), source.address(run.source), run.num_blocks * source.num_bytes)
+    from_bytes, to_bytes = known_view(*_extent(source)), known_view(*_extent(target))
+    for from_id, to_id, count in pieces:
+        from_at, to_at, num_bytes = from_id * from_stride, to_id * to_stride, count * size
+        to_bytes[to_at : to_at + num_bytes] = from_bytes[from_at : from_at + num_bytes]
+
+
+def _extent(span: Span) -> tuple[int, int]:
+    """Address and bytes from the span in the first block to its end in the last one."""
+    region = span.region
+    return region.address + span.start, (region.num_blocks - 1) * region.stride + span.num_bytes
 
 
 def view(address: int, num_bytes: int) -> memoryview:
     """Bytes at an address, without a copy. The caller keeps the memory alive."""
     return memoryview((ctypes.c_char * num_bytes).from_address(address)).cast("B")
+
+
+@functools.lru_cache(maxsize=512)
+def known_view(address: int, num_bytes: int) -> memoryview:
+    """A view that is asked for again and again: of a whole region. It is of addresses, and keeps no memory alive."""
+    return view(address, num_bytes)

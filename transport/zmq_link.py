@@ -20,6 +20,7 @@ from typing import NamedTuple
 import zmq
 
 from transport.keys import Keys
+from transport.zmq_buffers import FrameBuffers
 from transport.zmq_line import ZmqLine
 from transport.zmq_transfer import ZmqTransfer, payload_bytes
 from transport.zmq_wire import (
@@ -63,6 +64,7 @@ class ZmqLink:
         self._queue: collections.deque[ZmqTransfer] = collections.deque()
         self._cancelled: collections.deque[ZmqTransfer] = collections.deque()
         self._window = _Window()
+        self._buffers = FrameBuffers()
         self._is_welcome = False
         self._is_closing = threading.Event()
         self._is_over = threading.Event()
@@ -114,7 +116,7 @@ class ZmqLink:
         self.why_failed = self.why_failed or why
         for sent in self._window.frames.values():
             sent.transfer.fail(self.why_failed)
-        self._window = _Window()
+        self._window, self._buffers = _Window(), FrameBuffers()
         while self._queue:
             self._queue.popleft().fail(self.why_failed)
 
@@ -144,7 +146,7 @@ class ZmqLink:
     def _send(self) -> None:
         while self._queue and not self._window.is_full():
             transfer = self._queue[0]
-            frame = transfer.next_frame(self._window.next_number)
+            frame = transfer.next_frame(self._window.next_number, self._buffers)
             if frame is None:
                 self._queue.popleft()
                 transfer.end_if_answered()
@@ -181,6 +183,7 @@ class ZmqLink:
         sent = self._window.take(number)
         if sent is None:
             return False
+        self._buffers.answered(number)
         if why_not:
             sent.transfer.stop(f"the receiver refused: {why_not}")
         sent.transfer.answered()

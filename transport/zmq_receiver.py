@@ -21,11 +21,13 @@ from core.errors import TransferError
 from transport.base import Blocks, Region
 from transport.doorway import Doorway
 from transport.landing import Inbox
+from transport.parking import PARKING_TIMEOUT_S, Parking
 from transport.regions import resolve
 from transport.zmq_transfer import gather, scatter
 from transport.zmq_wire import (
     FRAME_BYTES,
     MAX_FRAMES_IN_FLIGHT,
+    WINDOW_BYTES,
     Ack,
     Answer,
     Ask,
@@ -39,11 +41,10 @@ from transport.zmq_wire import (
     encode,
 )
 
-MAX_PARKED_BYTES = 64 << 20
-MAX_PARKED_FRAMES = 8192
-PARKING_TIMEOUT_S = 2.0
 MAX_PEERS = 4096
 MESSAGES_PER_TURN = 64
+MAX_UNANSWERED_BYTES = WINDOW_BYTES // 8
+"""Within a turn: a sender whose window is full waits for the answers."""
 _PARKED_COST_BYTES = 512
 
 
@@ -54,6 +55,10 @@ class _Parked(NamedTuple):
     frame: Data | Notice
     payload: zmq.Frame | None
     until_s: float
+
+    @property
+    def tag(self) -> str:
+        return self.frame.tag
 
     def cost(self) -> int:
         return _PARKED_COST_BYTES + (len(self.payload) if self.payload is not None else 0)
@@ -69,7 +74,7 @@ class ZmqReceiver:
         self._regions = regions
         self._inbox = inbox
         self._peers: collections.OrderedDict[bytes, None] = collections.OrderedDict()
-        self._parking = _Parking()
+        self._parking: Parking[_Parked] = Parking()
         self._acks: dict[bytes, list[int]] = {}
         self.malformed = 0
 
@@ -81,12 +86,20 @@ class ZmqReceiver:
         """Takes some messages, applies what was parked for tags that are expected now, answers."""
         self._unpark(now_s)
         if is_readable:
+            num_bytes = 0
             for _ in range(MESSAGES_PER_TURN):
                 parts = self._next_message()
                 if parts is None:
                     break
                 if not self._handle(parts, now_s):
                     self.malformed += 1
+                num_bytes += sum(map(len, parts))
+                if num_bytes > MAX_UNANSWERED_BYTES:
+                    num_bytes = 0
+                    self._send_acks()
+        self._send_acks()
+
+    def _send_acks(self) -> None:
         for identity, numbers in self._acks.items():
             self._reply(identity, Ack(numbers))
         self._acks.clear()
@@ -210,27 +223,3 @@ class ZmqReceiver:
 def blocks_of(frame: Data | Ask) -> Blocks:
     """The part of our memory that a frame names."""
     return Blocks(frame.region, tuple(frame.ids), frame.start, frame.num_bytes)
-
-
-class _Parking:
-    """Frames by tag, bounded in all."""
-
-    def __init__(self) -> None:
-        self.by_tag: dict[str, list[_Parked]] = {}
-        self._num_bytes = 0
-        self._num_frames = 0
-
-    def add(self, parked: _Parked) -> bool:
-        """False if there is no room."""
-        if self._num_bytes + parked.cost() > MAX_PARKED_BYTES or self._num_frames >= MAX_PARKED_FRAMES:
-            return False
-        self.by_tag.setdefault(parked.frame.tag, []).append(parked)
-        self._num_bytes += parked.cost()
-        self._num_frames += 1
-        return True
-
-    def take(self, tag: str) -> list[_Parked]:
-        frames = self.by_tag.pop(tag)
-        self._num_bytes -= sum(parked.cost() for parked in frames)
-        self._num_frames -= len(frames)
-        return frames

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import collections
 import logging
-import os
 import secrets
 import threading
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from core.clock import Clock, SystemClock
 from core.errors import ConfigError, TransferError
 from transport.address import bind_address
 from transport.base import Blocks, Memory, Region
+from transport.doorbell import Doorbell
 from transport.doorway import CHECK_MS, Doorway
 from transport.intake import IntakeLimits
 from transport.keys import Keys
@@ -172,7 +172,7 @@ class _IoThread:
         self._receiver = ZmqReceiver(self._doorway, token, regions, inbox)
         self._links: list[ZmqLink] = []
         self._new_links: collections.deque[ZmqLink] = collections.deque()
-        self._doorbell = _Doorbell()
+        self._doorbell = Doorbell()
         self._thread = threading.Thread(target=self._run, name="baton-zmq", daemon=True)
         self._thread.start()
 
@@ -244,36 +244,6 @@ class _IoThread:
         poller.register(link.line.socket, zmq.POLLIN)
         poller.register(link.line.monitor.socket, zmq.POLLIN)
         self._links.append(link)
-
-
-class _Doorbell:
-    """An eventfd that other threads ring; safe to ring after it was freed."""
-
-    def __init__(self) -> None:
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.is_closed = False
-        self._lock = threading.Lock()
-        self._is_free = False
-
-    def ring(self) -> None:
-        with self._lock:
-            if not self._is_free:
-                os.eventfd_write(self.fd, 1)
-
-    def answer(self) -> None:
-        try:
-            os.eventfd_read(self.fd)
-        except BlockingIOError:
-            return
-
-    def close(self) -> None:
-        self.is_closed = True
-        self.ring()
-
-    def free(self) -> None:
-        with self._lock:
-            self._is_free = True
-            os.close(self.fd)
 
 
 def _turn_link(link: ZmqLink, now_s: float, events: dict[object, int]) -> bool:

@@ -1,134 +1,46 @@
-"""One write or read over zmq: cut into frames on demand, ended by the answers to them.
+"""One write or read over zmq: a `PiecewiseTransfer` whose frames are messages of one header and at most one payload.
 
-Memory model: holds block numbers only; a frame's payload is a view of local memory where its blocks lie together, and
-a gathered copy otherwise.
-Threading: `poll`, `failure` and `cancel` are its owner's; everything else is the I/O thread's. `state` changes once.
+Memory model and threading: see transport/pieces.py.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import zmq
 
-from transport.base import Region, TransferState
-from transport.regions import Span, copy_pairs, is_run, view
-from transport.zmq_wire import Ask, Data, Notice, Piece, cut, encode
+from transport.frames import Data, Piece
+from transport.pieces import PiecewiseTransfer
+from transport.pieces import Task as Task
+from transport.pieces import gather as gather
+from transport.pieces import payload_bytes as payload_bytes
+from transport.pieces import scatter as _scatter
+from transport.regions import Span
+from transport.zmq_buffers import FrameBuffers
+from transport.zmq_wire import encode
 
 
-class Task(NamedTuple):
-    """What to move. `tag` is None for a read."""
+class ZmqTransfer(PiecewiseTransfer):
+    """See transport/pieces.py."""
 
-    local: Span
-    local_ids: tuple[int, ...]
-    remote: Span
-    remote_ids: tuple[int, ...]
-    tag: str | None = None
-    notice: bytes | None = None
-
-
-class ZmqTransfer:
-    """See transport/base.py. `on_cancel` hands a cancellation to the I/O thread."""
-
-    def __init__(self, task: Task, on_cancel: Callable[[ZmqTransfer], None]) -> None:
-        self._task = task
-        self._on_cancel = on_cancel
-        self._pieces: Iterator[Piece] = cut(len(task.local_ids), 0, task.local.num_bytes)
-        self._notice = task.notice
-        self._num_unanswered = 0
-        self._is_sent = False
-        self._state = TransferState.RUNNING
-        self._why_failed = ""
-
-    def poll(self) -> TransferState:
-        return self._state
-
-    def cancel(self) -> None:
-        if self._state is TransferState.RUNNING:
-            self._on_cancel(self)
-
-    def failure(self) -> str:
-        return self._why_failed if self._state is TransferState.FAILED else ""
-
-    def fail(self, why: str) -> None:
-        """Ends it now, unless it has ended."""
-        if self._state is TransferState.RUNNING:
-            self._why_failed = self._why_failed or why
-            self._state = TransferState.FAILED
-
-    def stop(self, why: str) -> None:
-        """Sends no more of it; ends it as soon as what is under way has been answered."""
-        if self._state is TransferState.RUNNING:
-            self._why_failed = self._why_failed or why
-            self._is_sent = True
-            self.end_if_answered()
-
-    def answered(self) -> None:
-        """One of its frames has been answered."""
-        self._num_unanswered -= 1
-        self.end_if_answered()
-
-    def end_if_answered(self) -> None:
-        """Ends it if nothing of it is left to send or to be answered."""
-        if self._is_sent and self._num_unanswered == 0 and self._state is TransferState.RUNNING:
-            self._state = TransferState.FAILED if self._why_failed else TransferState.DONE
-
-    def next_frame(self, number: int) -> tuple[Piece | None, list[bytes | memoryview]] | None:
-        """The next frame under this number; None where nothing is left to send."""
-        piece = None if self._is_sent else next(self._pieces, None)
-        if piece is not None:
-            self._num_unanswered += 1
-            return piece, self._frame(number, piece)
-        if self._notice is None or self._is_sent or self._task.tag is None:
-            self._is_sent = True
+    def next_frame(self, number: int, buffers: FrameBuffers) -> tuple[Piece | None, list[bytes | memoryview]] | None:
+        """The next message under this number, gathered into these; None where nothing is left to send."""
+        taken = self.take(number)
+        if taken is None:
             return None
-        notice, self._notice = self._notice, None
-        self._num_unanswered += 1
-        return None, [encode(Notice(number, self._task.tag, notice))]
+        piece, frame = taken
+        if piece is None or not isinstance(frame, Data):
+            return piece, [encode(frame)]
+        return piece, [encode(frame), gather(*self.local(piece), lambda num_bytes: buffers.lend(number, num_bytes))]
 
     def fill(self, piece: Piece, payload: zmq.Frame) -> bool:
         """Puts what was asked for in place; False if it is not that."""
-        if self._task.tag is not None or len(payload) != payload_bytes(piece):
+        if not self.is_read() or len(payload) != payload_bytes(piece):
             return False
-        scatter(payload, self._part(self._task.local, piece), self._task.local_ids[piece.first : piece.last])
+        scatter(payload, *self.local(piece))
         return True
-
-    def _frame(self, number: int, piece: Piece) -> list[bytes | memoryview]:
-        task = self._task
-        remote = self._part(task.remote, piece)
-        ids = list(task.remote_ids[piece.first : piece.last])
-        if task.tag is None:
-            return [encode(Ask(number, remote.region.id, ids, remote.start, remote.num_bytes))]
-        header = encode(Data(number, task.tag, remote.region.id, ids, remote.start, remote.num_bytes))
-        return [header, gather(self._part(task.local, piece), task.local_ids[piece.first : piece.last])]
-
-    def _part(self, span: Span, piece: Piece) -> Span:
-        return Span(span.region, span.start + piece.start, piece.num_bytes)
-
-
-def payload_bytes(piece: Piece) -> int:
-    """Size of a piece's payload."""
-    return (piece.last - piece.first) * piece.num_bytes
-
-
-def gather(span: Span, ids: Sequence[int]) -> memoryview:
-    """The span's bytes of these blocks, one after the other; without a copy where they lie like that."""
-    if len(ids) == 1 or (span.is_dense() and is_run(ids)):
-        return view(span.address(ids[0]), len(ids) * span.num_bytes)
-    gathered = bytearray(len(ids) * span.num_bytes)
-    target = _packed(ctypes.addressof(ctypes.c_char.from_buffer(gathered)), span.num_bytes, len(ids))
-    copy_pairs(span, ids, target, range(len(ids)))
-    return memoryview(gathered)
 
 
 def scatter(payload: zmq.Frame, span: Span, ids: Sequence[int]) -> None:
-    """The reverse of `gather`; the payload has exactly the right size."""
-    source = _packed(ctypes.addressof(ctypes.c_char.from_buffer(payload.buffer)), span.num_bytes, len(ids))
-    copy_pairs(source, range(len(ids)), span, ids)
-
-
-def _packed(address: int, block_bytes: int, num_blocks: int) -> Span:
-    """A payload, seen as blocks without gaps."""
-    return Span(Region(0, address, block_bytes, block_bytes, num_blocks), 0, block_bytes)
+    """Puts a payload of exactly the right size in place."""
+    _scatter(payload.buffer, span, ids)

@@ -10,102 +10,44 @@ meant for this very transport, or that came back after a break, is not listened 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import msgspec
 
 from core.errors import TransferError
 from transport.address import is_address
-from transport.base import Region
-from transport.regions import MAX_NOTICE_BYTES, MAX_TAG_CHARACTERS, check_region
+from transport.frames import FRAME_BYTES as FRAME_BYTES
+from transport.frames import MAX_FRAMES_IN_FLIGHT as MAX_FRAMES_IN_FLIGHT
+from transport.frames import Ack as Ack
+from transport.frames import Answer as Answer
+from transport.frames import Ask as Ask
+from transport.frames import Data as Data
+from transport.frames import Frame
+from transport.frames import Nack as Nack
+from transport.frames import Notice as Notice
+from transport.frames import Piece as Piece
+from transport.frames import RegionShape as RegionShape
+from transport.frames import cut as cut
+from transport.frames import shape_region as shape_region
 
-FRAME_BYTES = 1 << 20
-MAX_IDS_PER_FRAME = 2048
-MAX_FRAMES_IN_FLIGHT = 64
 WINDOW_BYTES = 16 << 20
 MAX_PART_BYTES = FRAME_BYTES + (64 << 10)
 MAX_DESCRIPTION_BYTES = 1 << 20
 MAX_REGIONS = 1 << 14
 
-_Number = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
-_Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 50)]
-_Ids = Annotated[list[_Number], msgspec.Meta(min_length=1, max_length=MAX_IDS_PER_FRAME)]
-_Tag = Annotated[str, msgspec.Meta(max_length=MAX_TAG_CHARACTERS)]
 
-
-class _Frame(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=True):
-    """Base of every header."""
-
-
-class Hello(_Frame, frozen=True):
+class Hello(Frame, frozen=True):
     """The first frame of a connection."""
 
     token: Annotated[str, msgspec.Meta(max_length=64)]
 
 
-class Data(_Frame, frozen=True):
-    """A payload for `num_bytes` from `start` of each of these blocks, one after the other."""
-
-    number: _Number
-    tag: _Tag
-    region: _Number
-    ids: _Ids
-    start: _Number
-    num_bytes: _Count
-
-
-class Notice(_Frame, frozen=True):
-    """Everything written under this tag before has been sent."""
-
-    number: _Number
-    tag: _Tag
-    notice: Annotated[bytes, msgspec.Meta(max_length=MAX_NOTICE_BYTES)]
-
-
-class Ask(_Frame, frozen=True):
-    """Please answer with these bytes, at most one frame of them."""
-
-    number: _Number
-    region: _Number
-    ids: _Ids
-    start: _Number
-    num_bytes: _Count
-
-
-class Welcome(_Frame, frozen=True):
+class Welcome(Frame, frozen=True):
     """Go ahead."""
-
-
-class Ack(_Frame, frozen=True):
-    """These frames are applied."""
-
-    numbers: Annotated[list[_Number], msgspec.Meta(max_length=MAX_FRAMES_IN_FLIGHT * 4)]
-
-
-class Nack(_Frame, frozen=True):
-    """This frame will never be applied."""
-
-    number: _Number
-    why: Annotated[str, msgspec.Meta(max_length=1024)]
-
-
-class Answer(_Frame, frozen=True):
-    """The payload behind this header is what was asked for."""
-
-    number: _Number
 
 
 ToReceiver = Hello | Data | Notice | Ask
 ToSender = Welcome | Ack | Nack | Answer
-
-
-class RegionShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A region of the receiver, without its address."""
-
-    id: _Number
-    block_bytes: _Count
-    num_blocks: _Count
 
 
 class ZmqDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -159,31 +101,3 @@ def decode_description(wire: bytes) -> ZmqDescription:
     if len({shape.id for shape in description.regions}) != len(description.regions):
         raise TransferError("a zmq description names a region twice")
     return description
-
-
-def shape_region(shape: RegionShape) -> Region:
-    """The region as far as a peer knows it: addresses mean nothing here."""
-    region = Region(shape.id, 0, shape.block_bytes, shape.block_bytes, shape.num_blocks)
-    check_region(region)
-    return region
-
-
-class Piece(NamedTuple):
-    """One frame's share of a transfer: pairs first to last (excluded), and the byte range inside each block."""
-
-    first: int
-    last: int
-    start: int
-    num_bytes: int
-
-
-def cut(num_pairs: int, start: int, num_bytes: int) -> Iterator[Piece]:
-    """Pieces of at most FRAME_BYTES: several whole spans, or parts of one."""
-    if num_bytes > FRAME_BYTES:
-        for pair in range(num_pairs):
-            for offset in range(0, num_bytes, FRAME_BYTES):
-                yield Piece(pair, pair + 1, start + offset, min(FRAME_BYTES, num_bytes - offset))
-        return
-    pairs_per_frame = min(FRAME_BYTES // num_bytes, MAX_IDS_PER_FRAME)
-    for first in range(0, num_pairs, pairs_per_frame):
-        yield Piece(first, min(first + pairs_per_frame, num_pairs), start, num_bytes)

@@ -16,6 +16,7 @@ from cluster.launcher import Cluster
 from tests.engine.client import Answer, ask, ask_all, record
 from tests.engine.clusters import CHUNKED, WHOLE
 from tests.engine.prompts import BLOCK, LENGTHS, chat_messages, token_prompt
+from transport.schemes import unavailable
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -75,7 +76,12 @@ def check_handed_over(pair: Cluster, answers: list[Answer], transport: str) -> i
     return handed
 
 
-@pytest.fixture(scope="module", params=["shm-chunked", "zmq-whole"])
+def over_nixl() -> Any:
+    reason = unavailable("nixl")
+    return pytest.param("nixl-chunked", marks=[pytest.mark.full, pytest.mark.skipif(bool(reason), reason=reason)])
+
+
+@pytest.fixture(scope="module", params=["shm-chunked", "zmq-whole", over_nixl()])
 def pair(request: pytest.FixtureRequest, shared_cluster: Any) -> Cluster:
     scheme, prefill = request.param.split("-")
     cluster: Cluster = shared_cluster("1P1D", *(CHUNKED if prefill == "chunked" else WHOLE), transport=scheme)

@@ -23,6 +23,7 @@ from decode.admission import Capacity, Limits
 from decode.land import LandResults, Received
 from decode.lander import Lander
 from decode.receiver import Offer, Receiver
+from prefill.connections import Connections
 from prefill.push import PushResults
 from prefill.pusher import Pusher
 from prefill.sender import Gate, Sender
@@ -69,7 +70,8 @@ class SimRank:
         for region in self.regions:
             self.transport.register(region)
         transports: dict[str, Transport] = {"inproc": self.transport}
-        self.pusher = Pusher(transports, self.regions, BLOCK_SIZE, clock, FaultPoint(), rank)
+        self.connections = Connections(transports, clock)
+        self.pusher = Pusher(self.connections, self.regions, BLOCK_SIZE, clock, FaultPoint(), rank)
         self.lander = Lander(transports, self.regions, clock, FaultPoint(), rank)
 
     def addresses(self, layer: int, block: int, offset: int) -> list[tuple[int, int]]:

@@ -176,8 +176,8 @@ def test_the_memory_of_a_dead_receiver_is_let_go_although_no_hand_off_is_under_w
     pair = Pair()
     pair.ask("a")
     pair.run()
-    assert pair.prefill.ranks[0].pusher.num_endpoints() == 1
+    assert pair.prefill.ranks[0].connections.num_endpoints() == 1
     pair.decode.kill()
     pair.prefill.sender.on_peer_lost(pair.decode.peer.control)
     pair.prefill.step()
-    assert pair.prefill.ranks[0].pusher.num_endpoints() == 0
+    assert pair.prefill.ranks[0].connections.num_endpoints() == 0

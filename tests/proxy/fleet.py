@@ -41,7 +41,7 @@ class Fleet:
 
     def beat(self, engine: FakeEngine, *reports: Report, leaving: bool = False) -> None:
         body = msgspec.json.encode(Heartbeat(engine.info(), list(reports), leaving))
-        assert self.client.post("/instances", content=body).json() == {"known": True}
+        assert self.client.post("/instances", content=body).json()["known"]
 
     def join(self, *engines: FakeEngine) -> None:
         for engine in engines:

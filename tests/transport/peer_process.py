@@ -2,14 +2,19 @@
 
 python -m tests.transport.peer_process own SCHEME              says its description, expects tag "t", counts
 python -m tests.transport.peer_process write SCHEME HEX         writes all its blocks under tag "t"
+python -m tests.transport.peer_process pour SCHEME HEX          writes all its blocks under tag "t", again and again
+python -m tests.transport.peer_process storm SCHEME HEX         writes them over and over, also after a refusal
+python -m tests.transport.peer_process send SCHEME HEX          random blocks, in parts, in any order; says their digest
 python -m tests.transport.peer_process held HEX                 the same over cuda_ipc, and its GPU does not get to it
 python -m tests.transport.peer_process control                  says its control address
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import random
 import select
 import signal
 import subprocess
@@ -23,7 +28,8 @@ from core.handoff import Peer
 from tests.fakes.software_gpu import SoftwareGpu
 from tests.poll import until
 from tests.transport.memory import Owned
-from transport.base import TransferState, Transport
+from transport.base import Blocks, TransferState, Transport
+from transport.conformance import finish
 from transport.control import Callbacks, ControlPlane, Identity
 from transport.cuda_ipc import CudaIpcTransport
 from transport.cuda_ipc_host import HostDevice
@@ -83,7 +89,15 @@ def own(scheme: str) -> None:
     notices: list[str] = []
     for _ in sys.stdin:
         notices += [notice.decode() for notice in landing.poll()]
-        say({"notices": notices, "written": landing.num_written(), "first": owned.block(0)[0], "pid": os.getpid()})
+        say(
+            {
+                "notices": notices,
+                "written": landing.num_written(),
+                "digest": landing.digest(),
+                "first": owned.block(0)[0],
+                "pid": os.getpid(),
+            }
+        )
     owned.transport.close()
 
 
@@ -93,6 +107,46 @@ def write(scheme: str, description: str) -> None:
     transfer = endpoint.write("t", owned.blocks(range(NUM_BLOCKS)), owned.blocks(range(NUM_BLOCKS)), b"done")
     until(lambda: transfer.poll() is not TransferState.RUNNING, 10.0, "the write ends")
     say(transfer.poll().value)
+    sys.stdin.read()
+
+
+def pour(scheme: str, description: str) -> None:
+    owned = Owned(make_transport(scheme, "127.0.0.1"), BLOCK_BYTES, NUM_BLOCKS, fill=7)
+    endpoint = owned.transport.connect(bytes.fromhex(description))
+    for turn in range(100_000):
+        transfer = endpoint.write("t", owned.blocks(range(NUM_BLOCKS)), owned.blocks(range(NUM_BLOCKS)))
+        until(lambda: transfer.poll() is not TransferState.RUNNING, 20.0, "the write ends")  # noqa: B023
+        if turn == 0:
+            say(transfer.poll().value)
+
+
+def storm(scheme: str, description: str) -> None:
+    owned = Owned(make_transport(scheme, "127.0.0.1"), BLOCK_BYTES, NUM_BLOCKS, fill=7)
+    endpoint = owned.transport.connect(bytes.fromhex(description))
+    ids = owned.blocks(range(NUM_BLOCKS))
+    finish(endpoint.write("t", ids, ids))
+    say("storming")
+    while True:
+        transfer = endpoint.write("t", ids, ids)
+        until(lambda: transfer.poll() is not TransferState.RUNNING, 10.0, "the write ends")  # noqa: B023
+        if endpoint.failure():
+            say(endpoint.failure())
+            sys.stdin.read()
+
+
+def send(scheme: str, description: str) -> None:
+    owned = Owned(make_transport(scheme, "127.0.0.1"), BLOCK_BYTES, NUM_BLOCKS)
+    dice = random.Random(11)
+    ctypes.memmove(owned.region.address, dice.randbytes(BLOCK_BYTES * NUM_BLOCKS), BLOCK_BYTES * NUM_BLOCKS)
+    endpoint = owned.transport.connect(bytes.fromhex(description))
+    ids = dice.sample(range(NUM_BLOCKS), NUM_BLOCKS)
+    for block_id in ids[:-1]:
+        cut = dice.randrange(1, BLOCK_BYTES)
+        for start, num_bytes in ((0, cut), (cut, BLOCK_BYTES - cut)):
+            part = Blocks(0, (block_id,), start, num_bytes)
+            endpoint.write("t", part, part)
+    finish(endpoint.write("t", owned.blocks(ids[-1:]), owned.blocks(ids[-1:]), b"done"))
+    say(owned.digest(range(NUM_BLOCKS)))
     sys.stdin.read()
 
 
@@ -130,5 +184,13 @@ def peer_at(address: str) -> Peer:
 
 
 if __name__ == "__main__":
-    modes: dict[str, Callable[..., None]] = {"own": own, "write": write, "held": held, "control": control}
+    modes: dict[str, Callable[..., None]] = {
+        "own": own,
+        "write": write,
+        "pour": pour,
+        "storm": storm,
+        "send": send,
+        "held": held,
+        "control": control,
+    }
     modes[sys.argv[1]](*sys.argv[2:])

@@ -15,8 +15,9 @@ from tests.transport.peer_process import transport_of
 from transport.base import Endpoint, Landing, TransferState
 from transport.conformance import finish
 from transport.faulty import Faults, FaultyTransport, parse_faults
+from transport.schemes import unavailable
 
-SCHEMES = ["inproc", "shm", "zmq", "cuda_ipc"]
+SCHEMES = ["inproc", "shm", "zmq", "cuda_ipc", *(each for each in ("nixl", "ucx") if not unavailable(each))]
 
 
 @contextmanager

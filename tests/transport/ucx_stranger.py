@@ -1,0 +1,55 @@
+"""A peer of the ucx transport, for tests, that knows the token and keeps to no rule."""
+
+from __future__ import annotations
+
+from core.errors import BatonError
+from tests.poll import until
+from transport.ucx_socket import UcxSocket
+from transport.ucx_wire import ToReceiver, UcxDescription, Welcome, batch, control_tag, encode, hello, payload_tag
+from transport.ucx_worker import UcxPeer, UcxWorker, array
+
+
+class Stranger:
+    """One connection. Nothing of it moves on but in `progress`, `is_hung_up_on` and `close`."""
+
+    def __init__(self, worker: UcxWorker, description: UcxDescription) -> None:
+        self._worker = worker
+        self._socket = UcxSocket.connect(description.address)
+        self._socket.say(hello(description.token, worker.address, 7))
+        welcome = until(self._socket.turn, 5.0, "the receiver says welcome")
+        assert isinstance(welcome, Welcome)
+        self._id = welcome.id
+        self._peer = UcxPeer(worker, welcome.address, welcome.id)
+
+    def frames(self, *frames: ToReceiver) -> None:
+        self.control(batch([encode(frame) for frame in frames]))
+
+    def control(self, message: bytes) -> None:
+        content = bytearray(message)
+        self._peer._send(array(content), control_tag(self._id), content)
+
+    def payload(self, number: int, num_bytes: int) -> None:
+        content = bytearray(b"\x07" * num_bytes)
+        self._peer._send(array(content), payload_tag(self._id, number), content)
+
+    def progress(self) -> None:
+        self._worker.progress()
+
+    def is_hung_up_on(self) -> bool:
+        self._worker.progress()
+        try:
+            self._socket.turn()
+        except BatonError:
+            return True
+        return False
+
+    def close(self) -> None:
+        """Once everything has left."""
+        until(
+            lambda: self._worker.progress() or self._peer.failure() or not self._peer.is_sending(), 5.0, "all is sent"
+        )
+        self.close_at_once()
+
+    def close_at_once(self) -> None:
+        self._socket.close()
+        self._peer.close([], lambda: None)
