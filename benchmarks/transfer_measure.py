@@ -21,8 +21,8 @@ from benchmarks.bar import Bar
 from benchmarks.kv_models import KVModel
 from benchmarks.kv_pool import PoolShape, Walk, fill
 from benchmarks.measure import turned
-from benchmarks.mover import Job
-from benchmarks.transfer_pair import Moved, Pair, awake, move
+from benchmarks.mover import WAIT_S, Job
+from benchmarks.transfer_pair import Moved, Pair, awake, close_all, move
 from benchmarks.transfer_plan import Cell, Sweep, cells_of, pool_shape
 from benchmarks.transfer_results import Absence, Sample
 from benchmarks.transfer_systems import System
@@ -38,10 +38,12 @@ class Measurement:
     """Keeps what was measured, and who could not be."""
 
     def __init__(self, bar: Bar, clock: Clock, seconds: float = 0.0) -> None:
-        """seconds: no turn begins later than this after now; 0: as long as it takes."""
+        """seconds: no turn begins later than this after now, and who is not ready after two thirds is left out; 0: as
+        long as it takes."""
         self._bar = bar
         self._clock = clock
         self._deadline_s = clock.monotonic_s() + seconds if seconds else float("inf")
+        self._ready_s = self._deadline_s - seconds / 3
         self._num_jobs = 0
         self.samples: list[Sample] = []
         self.absences: list[Absence] = []
@@ -77,14 +79,13 @@ class Measurement:
         starting: dict[str, list[Pair]] = {}
         for system in systems:
             starting[system.name] = [Pair(system, shape, *fds) for fds in memories]
-            for pair in starting[system.name]:
-                stack.callback(pair.close)
+        stack.callback(close_all, [pair for pairs in starting.values() for pair in pairs])
         running = {}
         for name, pairs in starting.items():
             self._bar.show(f"{model.name}: starting {name}")
             try:
                 for pair in pairs:
-                    pair.connect()
+                    pair.connect(min(max(self._ready_s - self._clock.monotonic_s(), 1.0), WAIT_S))
                 running[name] = pairs
             except TransferError as error:
                 self.absences.append(Absence(name, model.name, str(error)))

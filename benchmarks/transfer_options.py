@@ -18,7 +18,8 @@ MODELS = "qwen2.5-0.5b,llama-3-8b,llama-3-70b,deepseek-v3"
 BLOCKS = "piece,1,4,16,64,256,1024,4096"
 MEMORY = "1GiB"
 QUICK_MODELS = "qwen2.5-0.5b"
-QUICK_BLOCKS = "piece,1,64,1024"
+QUICK_BLOCKS = "piece,1,64,512"
+QUICK_MEMORY = "512MiB"
 QUICK_REPEATS = 5
 QUICK_S = 45.0
 """Begun turns and leaving come on top: a minute in all."""
@@ -52,7 +53,7 @@ def parse(arguments: list[str]) -> TransferOptions:
             grains=list_of("--grains", given.grains or ("end" if quick else ",".join(GRAINS)), _grain),
             pairs=list_of("--pairs", given.pairs, lambda text: number_of("--pairs", text, 1, 8)),
             block_size=number_of("--block-size", given.block_size, 1, 1024),
-            memory_bytes=_memory(given.memory),
+            memory_bytes=_memory(given.memory or (QUICK_MEMORY if quick else MEMORY)),
             repeats=number_of("--repeats", repeats, 0, 10_000),
             seconds=QUICK_S if quick else 0.0,
         ),
@@ -80,7 +81,7 @@ def _parser() -> Parser:
     parser.add_argument("--pairs", metavar="N,...", default="1", help="senders and receivers at the same time (1)")
     parser.add_argument("--systems", metavar="NAME,...", help="beside memcpy (all that can run here)")
     parser.add_argument("--mooncake", metavar="FOLDER", help="Mooncake's engine, made by scripts/mooncake_env FOLDER")
-    parser.add_argument("--memory", metavar="SIZE", default=MEMORY, help=f"of each KV cache; a pair has 3 ({MEMORY})")
+    parser.add_argument("--memory", metavar="SIZE", help=f"of each KV cache; a pair has 3 ({MEMORY})")
     parser.add_argument("--repeats", metavar="N", help="of each payload (100 to 5, fewer of large ones)")
     parser.add_argument("--inside", action="store_true", help="in a running 1P1D: from the last layer to Landed")
     parser.add_argument("--out", metavar="FILE.json", help="everything raw")

@@ -71,6 +71,7 @@ class Process:
         self._what = f"{system.name}'s {'sender' if place.is_sender else 'receiver'}"
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process
         self._buffer = b""
+        self.deadline_s = float("inf")
         self._child = subprocess.Popen(
             [sys.executable, "-P", "-m", "benchmarks.transfer_end", msgspec.json.encode(place).decode()],
             stdin=subprocess.PIPE,
@@ -90,8 +91,9 @@ class Process:
             raise TransferError(f"{self._what} has ended: {self._last_words()}") from error
 
     def hear(self, kind: type[T]) -> T:
-        """Its next answer. Raises TransferError if it failed, ended, or says nothing for too long."""
-        deadline_s = time.monotonic() + _WAIT_S
+        """Its next answer. Raises TransferError if it failed, ended, or says nothing for too long, or until its
+        deadline, if it has one."""
+        deadline_s = min(time.monotonic() + _WAIT_S, self.deadline_s)
         while b"\n" not in self._buffer:
             self._read(deadline_s)
         words, _, self._buffer = self._buffer.partition(b"\n")
@@ -107,13 +109,18 @@ class Process:
         with suppress(ProcessLookupError):
             self._child.send_signal(number)
 
+    def ask_to_leave(self) -> None:
+        """Does not wait. May be called again."""
+        if not self._errors.closed:
+            self.signal(signal.SIGCONT)
+            with suppress(TransferError):
+                self.tell(Stop())
+
     def close(self) -> None:
         """Ends it, at once if it does not leave by itself. May be called again."""
         if self._errors.closed:
             return
-        self.signal(signal.SIGCONT)
-        with suppress(TransferError):
-            self.tell(Stop())
+        self.ask_to_leave()
         try:
             self._child.wait(2.0)
         except subprocess.TimeoutExpired:
@@ -128,7 +135,7 @@ class Process:
         assert self._child.stdout is not None
         readable, _, _ = select.select([self._child.stdout], [], [], max(deadline_s - time.monotonic(), 0.0))
         if not readable:
-            raise TransferError(f"{self._what} says nothing for {_WAIT_S:.0f} s: {self._last_words()}")
+            raise TransferError(f"{self._what} says nothing in time: {self._last_words()}")
         more = os.read(self._child.stdout.fileno(), 1 << 16)
         if not more:
             raise TransferError(f"{self._what} has ended: {self._last_words()}")
@@ -148,14 +155,18 @@ class Pair:
             Process(system, Place(os.getpid(), is_sender, system.name, shape, *fds)) for is_sender in (True, False)
         )
 
-    def connect(self) -> None:
+    def connect(self, patience_s: float = _WAIT_S) -> None:
         """Waits for both to be ready, moves a piece, since some connect only then, within a deadline of their own, and
         puts them to sleep."""
+        for process in (self.sender, self.receiver):
+            process.deadline_s = time.monotonic() + patience_s
         description = self.receiver.hear(Ready).description
         self.sender.hear(Ready)
         self.sender.tell(Connect(description))
         self.sender.hear(Ready)
         move([self], [Job("hello", (0,), (0,), 1)], 0.0)
+        for process in (self.sender, self.receiver):
+            process.deadline_s = float("inf")
         self.signal(signal.SIGSTOP)
 
     def check(self, job: Job) -> None:
@@ -171,8 +182,16 @@ class Pair:
         self.receiver.signal(number)
 
     def close(self) -> None:
-        self.sender.close()
-        self.receiver.close()
+        close_all([self])
+
+
+def close_all(pairs: Sequence[Pair]) -> None:
+    """Ends them together: each takes a while to leave."""
+    processes = [process for pair in pairs for process in (pair.sender, pair.receiver)]
+    for process in processes:
+        process.ask_to_leave()
+    for process in processes:
+        process.close()
 
 
 @contextmanager

@@ -16,6 +16,18 @@ def shares(cores: Sequence[int], count: int) -> list[tuple[int, ...]]:
     return [tuple(cores[index * size : (index + 1) * size]) for index in range(count)]
 
 
+def shares_of_instances(cores: Sequence[int], ranks: Sequence[int]) -> list[tuple[int, ...]]:
+    """Of each instance, by its tensor-parallel ranks: as many cores for each rank as for every other.
+
+    With fewer cores than ranks, instances get equal shares and the ranks of one share its own: a rank spins while it
+    waits for another, and keeps its core from whoever else is there (measured: for up to three seconds).
+    """
+    if len(cores) < sum(ranks):
+        return shares(cores, len(ranks))
+    of_ranks = iter(shares(cores, sum(ranks)))
+    return [tuple(core for _ in range(count) for core in next(of_ranks)) for count in ranks]
+
+
 def parse(text: str) -> tuple[int, ...]:
     """vLLM's notation: `0,2-4`, or `0,2|3,4` for two ranks, which get equal shares again. Empty for `nobind`."""
     if text == UNBOUND:

@@ -117,7 +117,6 @@ def start_of(options: ClusterOptions, build: Build) -> Start:
 
 
 def _cores(ranks: list[int], build: Build) -> list[tuple[int, ...]]:
-    """Of each instance: an equal share per tensor-parallel rank, of whichever instance it is."""
     if build.device is not Device.CPU:
         return [()] * len(ranks)
     given = os.environ.get(ENV_VLLM_CORES, "")
@@ -126,6 +125,4 @@ def _cores(ranks: list[int], build: Build) -> list[tuple[int, ...]]:
             return [cores.parse(given)] * len(ranks)
         except ValueError as error:
             raise ConfigError(f"{ENV_VLLM_CORES}={given!r} is not a list of cores such as 0,2-4") from error
-    shares = iter(cores.shares(sorted(os.sched_getaffinity(0)), sum(ranks)))
-    mine = [[core for _ in range(count) for core in next(shares)] for count in ranks]
-    return [tuple(dict.fromkeys(of_instance)) for of_instance in mine]
+    return cores.shares_of_instances(sorted(os.sched_getaffinity(0)), ranks)

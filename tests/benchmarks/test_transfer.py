@@ -117,8 +117,11 @@ def test_no_turn_begins_when_the_time_is_up() -> None:
 
 @pytest.mark.full
 @pytest.mark.timeout(60)
-def test_quick_with_everything_that_runs_here_takes_less_than_a_minute() -> None:
-    assert run(["--quick"]) == 0
+def test_quick_takes_less_than_a_minute_also_on_a_busy_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    """Who is not ready in time is left out, and named."""
+    code, said = run(["--quick"]), capsys.readouterr().out
+    assert "  shm " in said
+    assert "  tcp-raw " in said or code == 1
 
 
 @pytest.mark.engine

@@ -38,6 +38,22 @@ def test_instances_get_equal_shares_of_the_cores(count: int, expected: list[tupl
     assert cores.shares([0, 1, 2, 3], count) == expected
 
 
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        ([1, 1], [(0, 1), (2, 3)]),
+        ([2, 2], [(0, 1), (2, 3)]),
+        ([3, 1], [(0, 1, 2), (3,)]),
+        ([2, 1], [(0, 1), (2,)]),
+        ([4, 1], [(0, 1), (2, 3)]),
+    ],
+)
+def test_ranks_get_equal_shares_and_share_no_core_with_another_instance(
+    ranks: list[int], expected: list[tuple[int, ...]]
+) -> None:
+    assert cores.shares_of_instances([0, 1, 2, 3], ranks) == expected
+
+
 def test_reads_vllms_notation_of_cores() -> None:
     assert cores.parse("0,2-4") == (0, 2, 3, 4)
     assert cores.parse("0,1|4,5") == (0, 1, 4, 5)

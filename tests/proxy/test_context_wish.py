@@ -65,7 +65,7 @@ TEXTS = st.lists(
 @given(TEXTS, st.fixed_dictionaries({name: st.text(alphabet="{}xyz", max_size=9) for name in "xyz"}))
 def test_a_filled_text_begins_with_what_is_computed_ahead(template: str, values: dict[str, str]) -> None:
     names = variables_of(template)
-    filled = fill(template, {name: values[name] for name in names})
+    filled = fill(template, {name: values.get(name, "value") for name in names})
     assert isinstance(filled, str)
     assert filled.startswith(constant_text(template))
     assert bool(names) == (constant_text(template) != template)
