@@ -17,7 +17,7 @@ SUPPORTED: list[tuple[str, str, str]] = [
     ("Chat and completions, streamed and not", "yes", "engine/test_exact.py::test_cold_caches_one_at_a_time"),
     ("Shared memory (`shm`) and TCP (`zmq`)", "yes", "engine/test_exact.py::test_cold_caches_one_at_a_time"),
     ("NIXL (`nixl`), in host memory", "yes", "transport/test_nixl.py"),
-    ("UCX (`ucx`, through ucxx), in host memory", "yes", "transport/test_ucx.py"),
+    ("UCX (`ucx`, through ucxx), in host memory, on trusted networks", "over TCP", "transport/test_ucx.py"),
     ("`cuda_ipc`, NIXL and UCX in GPU memory", "written, never measured, never chosen", "transport/test_cuda_ipc.py"),
     ("Chunked prefill, prefix caching", "yes", "engine/test_exact.py::test_one_side_warm"),
     (
