@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,9 @@ from transport.conformance import finish
 from transport.faulty import Faults, FaultyTransport, parse_faults
 from transport.schemes import unavailable
 
-SCHEMES = ["inproc", "shm", "zmq", "cuda_ipc", *(each for each in ("nixl", "ucx") if not unavailable(each))]
+SCHEMES: list[Any] = ["inproc", "shm", "zmq", "cuda_ipc"]
+SCHEMES += ["nixl"] if not unavailable("nixl") else []
+SCHEMES += [pytest.param("ucx", marks=pytest.mark.ucx)] if not unavailable("ucx") else []
 
 
 @contextmanager

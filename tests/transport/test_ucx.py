@@ -27,7 +27,10 @@ from transport.faulty import Faults, FaultyTransport
 from transport.ucx import UcxTransport
 from transport.ucx_wire import decode_description, encode, encode_greeting, hello
 
-pytestmark = pytest.mark.skipif(bool(schemes.unavailable("ucx")), reason=schemes.unavailable("ucx"))
+pytestmark = [
+    pytest.mark.ucx,
+    pytest.mark.skipif(bool(schemes.unavailable("ucx")), reason=schemes.unavailable("ucx")),
+]
 
 
 def make() -> UcxTransport:

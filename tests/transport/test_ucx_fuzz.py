@@ -31,7 +31,10 @@ from transport.ucx_wire import (
 )
 from transport.ucx_worker import UcxWorker
 
-pytestmark = pytest.mark.skipif(bool(schemes.unavailable("ucx")), reason=schemes.unavailable("ucx"))
+pytestmark = [
+    pytest.mark.ucx,
+    pytest.mark.skipif(bool(schemes.unavailable("ucx")), reason=schemes.unavailable("ucx")),
+]
 FUZZ = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

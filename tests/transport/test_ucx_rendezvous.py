@@ -20,7 +20,10 @@ from transport.ucx_library import Lease
 from transport.ucx_wire import decode_description
 from transport.ucx_worker import UcxWorker
 
-pytestmark = pytest.mark.skipif(bool(schemes.unavailable("ucx")), reason=schemes.unavailable("ucx"))
+pytestmark = [
+    pytest.mark.ucx,
+    pytest.mark.skipif(bool(schemes.unavailable("ucx")), reason=schemes.unavailable("ucx")),
+]
 
 
 class Announced:
