@@ -65,6 +65,8 @@ def why_not_auto(scheme: str, *, has_keys: bool = False) -> str:
         return "never measured on its hardware: only when pinned by --transport"
     if scheme in _FOR_FAST_HARDWARE and not has_fast_hardware():
         return "no RDMA device and no GPU here: only when pinned by --transport"
+    if scheme == "ucx" and not unavailable("nixl", has_keys=has_keys):
+        return "NIXL is here and brings a UCX of its own; two in one process have crashed: only when pinned"
     return unavailable(scheme, has_keys=has_keys)
 
 

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from core.errors import ConfigError, TransferError
+from transport import schemes
 from transport.choose import choose
 from transport.schemes import make_transport
 from transport.shm_wire import decode_description, encode_description
@@ -32,3 +33,12 @@ def test_the_first_offer_that_reaches_us_is_chosen() -> None:
         choose([("zmq", b"z")], own, pinned="shm")
     for transport in (shm, zmq):
         transport.close()
+
+
+def test_two_copies_of_ucx_never_come_into_one_process_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NIXL has one of its own. Beside it, in the process of a whole test run, UCX has crashed."""
+    monkeypatch.setattr(schemes, "has_fast_hardware", lambda: True)
+    wanted = schemes.wanted_schemes("auto")
+    assert not {"nixl", "ucx"} <= set(wanted)
+    if not schemes.unavailable("nixl"):
+        assert "nixl" in wanted
