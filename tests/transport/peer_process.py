@@ -29,7 +29,7 @@ from tests.fakes.software_gpu import SoftwareGpu
 from tests.poll import until
 from tests.transport.memory import Owned
 from transport.base import Blocks, TransferState, Transport
-from transport.conformance import finish
+from transport.conformance_pair import finish
 from transport.control import Callbacks, ControlPlane, Identity
 from transport.cuda_ipc import CudaIpcTransport
 from transport.cuda_ipc_host import HostDevice

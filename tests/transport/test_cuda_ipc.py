@@ -28,7 +28,8 @@ from tests.transport.memory import Owned
 from tests.transport.peer_process import NUM_BLOCKS, ROOT, PeerProcess
 from transport import cuda_ipc, cuda_ipc_endpoint
 from transport.base import Endpoint, Region, Transfer, TransferState
-from transport.conformance import QUIET_S, check_transport, finish, wait_for
+from transport.conformance import check_transport
+from transport.conformance_pair import QUIET_S, finish, wait_for
 from transport.cuda_ipc import CudaIpcTransport
 from transport.cuda_ipc_device import Exported
 from transport.cuda_ipc_gpu import why_unavailable

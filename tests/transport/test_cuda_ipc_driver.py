@@ -26,7 +26,8 @@ from tests.poll import until
 from tests.transport.memory import Owned
 from tests.transport.peer_process import NUM_BLOCKS, ROOT, PeerProcess
 from transport.base import Blocks, Region, TransferState
-from transport.conformance import check_transport, finish, wait_for
+from transport.conformance import check_transport
+from transport.conformance_pair import finish, wait_for
 from transport.cuda_ipc import CudaIpcTransport
 from transport.cuda_ipc_driver import CudaDriver
 from transport.cuda_ipc_kernel import MAX_BLOCKS, PTX, Batch, compile_ptx, fill, unit_of

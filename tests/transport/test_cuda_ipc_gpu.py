@@ -17,7 +17,8 @@ import pytest
 from tests.poll import until
 from tests.transport.peer_process import ROOT
 from transport.base import Blocks, TransferState
-from transport.conformance import check_transport, finish
+from transport.conformance import check_transport
+from transport.conformance_pair import finish
 from transport.cuda_ipc import CudaIpcTransport, unavailable
 from transport.faulty import Faults, FaultyTransport
 

@@ -19,7 +19,8 @@ from tests.transport.memory import Owned
 from tests.transport.relay import Relay
 from tests.transport.test_control import Heard
 from transport.base import TransferState
-from transport.conformance import check_transport, finish
+from transport.conformance import check_transport
+from transport.conformance_pair import finish
 from transport.control import ControlPlane, Identity
 from transport.curve import secure_caller
 from transport.faulty import Faults, FaultyTransport

@@ -23,7 +23,7 @@ from tests.transport.relay import Relay
 from tests.transport.test_control import plane
 from tests.transport.test_zmq import HastyClock, make_hasty
 from transport.base import Blocks, Endpoint, TransferState
-from transport.conformance import finish
+from transport.conformance_pair import finish
 from transport.messages import Cancelled
 from transport.schemes import make_transport
 from transport.shm import ShmTransport

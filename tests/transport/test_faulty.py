@@ -14,7 +14,7 @@ from tests.poll import until
 from tests.transport.memory import Owned
 from tests.transport.peer_process import transport_of
 from transport.base import Endpoint, Landing, TransferState
-from transport.conformance import finish
+from transport.conformance_pair import finish
 from transport.faulty import Faults, FaultyTransport, parse_faults
 from transport.schemes import unavailable
 

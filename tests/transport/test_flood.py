@@ -20,7 +20,7 @@ from tests.poll import until
 from tests.transport.memory import Owned
 from tests.transport.test_control import plane
 from tests.transport.zmtp import GREETING, flood, part, ready, stranger
-from transport.conformance import finish
+from transport.conformance_pair import finish
 from transport.intake import Intake, IntakeLimits
 from transport.messages import MAX_MESSAGE_BYTES, Cancelled, Decline
 from transport.zmq_tcp import ZmqTransport

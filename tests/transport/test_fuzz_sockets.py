@@ -18,7 +18,7 @@ from tests.transport.fuzzing import FUZZ, MUTATIONS, mutated
 from tests.transport.memory import Owned
 from tests.transport.test_control import Heard
 from tests.transport.zmtp import GREETING, part, ready
-from transport.conformance import finish
+from transport.conformance_pair import finish
 from transport.control import ControlPlane, Identity
 from transport.keys import Keys, make_keys, read_keys
 from transport.messages import Cancelled, encode

@@ -18,7 +18,7 @@ from core.errors import TransferError
 from tests.poll import until
 from tests.transport.fuzzing import FUZZ, MUTATIONS, mutated
 from tests.transport.memory import Owned
-from transport.conformance import finish
+from transport.conformance_pair import finish
 from transport.shm import ShmTransport
 from transport.shm_wire import Finished, Opening, encode_packet
 from transport.shm_wire import decode_description as decode_shm

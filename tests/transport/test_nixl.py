@@ -22,7 +22,8 @@ from tests.poll import until
 from tests.transport.memory import Owned
 from tests.transport.peer_process import BLOCK_BYTES, NUM_BLOCKS, PeerProcess
 from transport.base import Blocks, Region, TransferState
-from transport.conformance import check_transport, finish
+from transport.conformance import check_transport
+from transport.conformance_pair import finish
 from transport.faulty import Faults, FaultyTransport
 from transport.nixl import NixlTransport, make_with, unavailable
 from transport.nixl_agent import NixlOptions

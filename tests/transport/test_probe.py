@@ -13,7 +13,7 @@ from core.errors import TransferError
 from tests.transport.memory import Owned
 from transport.base import Blocks, Endpoint, Transport
 from transport.choose import fastest
-from transport.conformance import finish
+from transport.conformance_pair import finish
 from transport.faulty import Faults, FaultyTransport
 from transport.guarded import GuardedTransport
 from transport.probe import ROUND_BYTES, Measurement, measure, wait_ready

@@ -17,7 +17,8 @@ from tests.poll import until
 from tests.transport.memory import Owned
 from tests.transport.peer_process import NUM_BLOCKS, PeerProcess
 from transport.base import Blocks, Region, TransferState
-from transport.conformance import check_transport, finish
+from transport.conformance import check_transport
+from transport.conformance_pair import finish
 from transport.faulty import Faults, FaultyTransport
 from transport.mapping import make_memfd
 from transport.shm import ShmTransport

@@ -22,7 +22,8 @@ from tests.transport.memory import Owned
 from tests.transport.peer_process import BLOCK_BYTES, NUM_BLOCKS, ROOT, PeerProcess
 from transport import schemes, ucx_library
 from transport.base import TransferState
-from transport.conformance import check_transport, finish
+from transport.conformance import check_transport
+from transport.conformance_pair import finish
 from transport.faulty import Faults, FaultyTransport
 from transport.ucx import UcxTransport
 from transport.ucx_wire import decode_description, encode, encode_greeting, hello

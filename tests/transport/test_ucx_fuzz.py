@@ -16,7 +16,7 @@ from tests.poll import until
 from tests.transport.memory import Owned
 from tests.transport.ucx_stranger import Stranger
 from transport import schemes
-from transport.conformance import finish
+from transport.conformance_pair import finish
 from transport.frames import Ask, Data, Notice
 from transport.ucx import UcxTransport
 from transport.ucx_library import Lease

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.poll import until
 from tests.transport.memory import Owned
-from transport.conformance import finish
+from transport.conformance_pair import finish
 from transport.zmq_tcp import ZmqTransport
 from transport.zmq_wire import Ask, Data, Hello, Notice, ZmqDescription, decode_description, encode
 
