@@ -86,7 +86,7 @@ class Client:
             case wire.Release():
                 self._questions.release(message.id)
             case wire.Touch():
-                self._index.complete.touch(keys_of(message.keys))
+                self._index.complete.leaving.touch(keys_of(message.keys))
             case wire.Bad():
                 self._quarantine(message)
             case wire.Name():
@@ -108,7 +108,7 @@ class Client:
                 entry = self._index.complete.get(block.key)
                 assert entry is not None, "it was committed"
                 self._hierarchy.down.committed(entry)
-        self._index.complete.touch([block.key for block in message.blocks])
+        self._index.complete.leaving.touch([block.key for block in message.blocks])
 
     def _figures(self) -> dict[str, float]:
         return figures(self._index, self._hierarchy) | label_figures(self._labels) | self.more_figures()

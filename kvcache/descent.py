@@ -106,7 +106,7 @@ class Descent:
         """With write=back: the coldest blocks leave until there will be room for so many bytes and for a burst."""
         wanted_bytes = max(self._index.capacity_bytes * FREE_SHARE, aligned(num_bytes))
         while self._index.free_bytes + self._queued_bytes < wanted_bytes:
-            entry = self._index.complete.victim()
+            entry = self._index.complete.leaving.victim()
             if entry is None:
                 return
             self._retire(entry, Reason.SPACE)

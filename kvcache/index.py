@@ -85,7 +85,7 @@ class Index:
             if entry is None:
                 break
             found.append(entry)
-        self.complete.touch([entry.key for entry in found])
+        self.complete.leaving.touch([entry.key for entry in found])
         self.leases.pin(owner, lease, found)
         return found
 
@@ -157,16 +157,16 @@ class Index:
 
     def take(self, entry: Entry) -> None:
         """A complete block will leave: it is pinned, and out of the order, until `settle`."""
-        self.complete.set_aside(entry)
+        self.complete.leaving.set_aside(entry)
         entry.pins += 1
 
     def settle(self, entry: Entry, reason: Reason) -> None:
         """The end of `take`: the block is evicted, or goes back into the order if somebody uses it by now."""
         entry.pins -= 1
-        if entry.state is not State.READY or self.complete.is_kept(entry.key):
+        if entry.state is not State.READY or self.complete.leaving.is_kept(entry.key):
             return
         if entry.pins:
-            self.complete.put_back(entry)
+            self.complete.leaving.put_back(entry)
         else:
             self.evict(entry, reason)
 
@@ -191,7 +191,7 @@ class Index:
         for entry in [e for e in self._reserved.values() if now_s > e.deadline_s]:
             self._cool(entry)
             self.counts.expired += 1
-        for entry in self.complete.idle():
+        for entry in self.complete.leaving.idle():
             self.retire(entry)
         for entry in [e for e in self._cooling if now_s >= e.deadline_s and e.pins == 0]:
             self._cooling.remove(entry)
@@ -205,7 +205,7 @@ class Index:
             offset = self._ranges.take(size)
             if offset is not None:
                 return offset
-            victim = self.complete.victim()
+            victim = self.complete.leaving.victim()
             if victim is None:
                 return None
             self.evict(victim, Reason.SPACE)
@@ -215,7 +215,7 @@ class Index:
         """Whether the tenant may have so much more, after some of its own blocks have gone for it."""
         quota_bytes = self.rules.quota_bytes
         while quota_bytes and self.tenant_bytes[tenant] + size > quota_bytes:
-            victim = self.complete.victim_of(tenant)
+            victim = self.complete.leaving.victim_of(tenant)
             if victim is None:
                 return False
             self.evict(victim, Reason.QUOTA)

@@ -208,7 +208,7 @@ class Labels:
             return False
         self._pins.update(held.named.keys)
         self._pinned_bytes += num_bytes
-        self._index.complete.keep(new)
+        self._index.complete.leaving.keep(new)
         held.is_pinned = True
         self._is_noted = False
         return True
@@ -217,7 +217,7 @@ class Labels:
         if held.is_pinned:
             freed = _subtract(self._pins, held.named.keys)
             self._pinned_bytes -= len(freed) * aligned(held.named.block_bytes)
-            self._index.complete.let_go(freed)
+            self._index.complete.leaving.let_go(freed)
             held.is_pinned = False
             self._is_noted = False
 

@@ -70,7 +70,7 @@ class Questions:
         end, num_found, tenant = keys_of(message.partial), len(slots), tenant_of(message.tenant)
         self._index.counts.searched += len(keys)
         self._index.counts.found += min(num_found, len(keys))
-        self._index.complete.use((keys + end)[:num_found])
+        self._index.complete.leaving.use((keys + end)[:num_found])
         self._hierarchy.down.used((keys + end)[:num_found])
         if num_found > len(keys):  # with the prompt's end: there is nothing more to find or to write
             self.send(wire.Found(message.id, slots))
@@ -107,7 +107,7 @@ class Questions:
         if index is None:
             return False
         (entry,) = self._index.search(self._owner, lease, keys[index : index + 1])
-        self._index.complete.use(keys[index : index + 1])
+        self._index.complete.leaving.use(keys[index : index + 1])
         self._hierarchy.down.used(keys[index : index + 1])
         self.send(wire.Found(lease, [wire.Slot(entry.offset, entry.digest, tier)], index=index))
         return True

@@ -78,14 +78,14 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(number=KEYS)
     def keep_or_let_go(self, number: int) -> None:
         if number in self.kept:
-            self.index.complete.let_go([key(number)])
+            self.index.complete.leaving.let_go([key(number)])
         else:
-            self.index.complete.keep([key(number)])
+            self.index.complete.leaving.keep([key(number)])
         self.kept ^= {number}
 
     @rule()
     def take(self) -> None:
-        entry = self.index.complete.victim()
+        entry = self.index.complete.leaving.victim()
         if entry is not None:
             assert entry.pins == 0
             self.index.take(entry)
@@ -98,8 +98,8 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(chain=CHAINS)
     def use(self, chain: list[int]) -> None:
-        self.index.complete.use([key(n) for n in chain])
-        self.index.complete.touch([key(n) for n in chain])
+        self.index.complete.leaving.use([key(n) for n in chain])
+        self.index.complete.leaving.touch([key(n) for n in chain])
 
     @rule(owner=OWNERS, number=KEYS)
     def commit(self, owner: int, number: int) -> None:
@@ -203,7 +203,7 @@ class IndexMachine(RuleBasedStateMachine):
     @invariant()
     def what_may_be_evicted_is_in_the_order_and_nothing_else(self) -> None:
         asked = Asked()
-        self.index.complete._order.victim(asked)
+        self.index.complete.leaving._order.victim(asked)
         taken = {entry.key for entry in self.taken if self.index.complete.get(entry.key) is entry}
         kept = {key(n) for n in self.kept}
         assert asked.keys | taken | kept == set(self.index.complete._all) | taken | kept
@@ -238,8 +238,8 @@ def filled(numbers: list[int], capacity: int = CAPACITY) -> tuple[Index, ManualC
 
 def test_the_end_of_a_chain_goes_before_its_beginning_and_the_least_recently_used_chain_first() -> None:
     index, _ = filled(list(range(12)))
-    index.complete.touch([key(n) for n in range(6, 12)])
-    index.complete.touch([key(n) for n in range(6)])
+    index.complete.leaving.touch([key(n) for n in range(6, 12)])
+    index.complete.leaving.touch([key(n) for n in range(6)])
     index.reserve(2, [key(100 + n) for n in range(3)], ALIGNMENT)
     assert [len(index.search(2, n, [key(n)])) for n in (6, 7, 8, 9, 10, 11)] == [1, 1, 1, 0, 0, 0]
     assert len(index.search(2, 99, [key(n) for n in range(6)])) == 6
@@ -301,7 +301,7 @@ def test_the_index_evicts_in_the_order_of_its_policy() -> None:
     index = Index(CAPACITY, ledger_of(CAPACITY)[0], clock, Rules(policy="fifo"))
     fill(index, range(12))
     index.search(1, 1, [key(0)])
-    index.complete.use([key(0)])
+    index.complete.leaving.use([key(0)])
     index.leases.release(1, 1)
     index.reserve(2, [key(100)], ALIGNMENT)
     assert index.complete.get(key(0)) is None, "first stored, first gone, although it was used last"
@@ -322,7 +322,7 @@ def test_a_tenant_over_its_quota_evicts_its_own_blocks_and_nobody_elses() -> Non
 
 def test_a_block_that_was_to_leave_stays_if_somebody_reads_it_by_then() -> None:
     index, _ = filled([1, 2])
-    for entry in (index.complete.victim(), index.complete.victim()):
+    for entry in (index.complete.leaving.victim(), index.complete.leaving.victim()):
         assert entry is not None
         index.take(entry)
     index.search(7, 1, [key(2)])
@@ -332,21 +332,21 @@ def test_a_block_that_was_to_leave_stays_if_somebody_reads_it_by_then() -> None:
         index.settle(entry, Reason.SPACE)
     assert [n for n in (1, 2) if index.complete.get(key(n))] == [2]
     index.leases.release(7, 1)
-    assert index.complete.victim() is index.complete.get(key(2)), "it is in the order again"
+    assert index.complete.leaving.victim() is index.complete.get(key(2)), "it is in the order again"
 
 
 def test_blocks_that_nobody_has_used_for_the_rules_time_leave_except_pinned_ones() -> None:
     clock = ManualClock()
     index = Index(CAPACITY, ledger_of(CAPACITY)[0], clock, Rules(ttl_s=60.0))
     fill(index, range(4))
-    index.complete.keep([key(3)])
+    index.complete.leaving.keep([key(3)])
     clock.advance(40.0)
-    index.complete.use([key(1)])
+    index.complete.leaving.use([key(1)])
     clock.advance(30.0)
     index.expire()
     assert [n for n in range(4) if index.complete.get(key(n))] == [1, 3]
     assert index.reasons == {Reason.TTL: 2}
-    index.complete.let_go([key(3)])
+    index.complete.leaving.let_go([key(3)])
     clock.advance(61.0)
     index.expire()
     assert len(index.complete) == 0

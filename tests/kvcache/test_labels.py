@@ -250,7 +250,7 @@ class LabelMachine(RuleBasedStateMachine):
 
     @rule(numbers=st.lists(st.integers(0, 20), max_size=8))
     def store(self, numbers: list[int]) -> None:
-        before = self.stage.there(*(n for n in range(21) if key(n) in self.stage.index.complete._kept))
+        before = self.stage.there(*(n for n in range(21) if key(n) in self.stage.index.complete.leaving._kept))
         self.stage.store(*numbers)
         assert self.stage.there(*before) == before, "a pinned block was evicted"
 
@@ -264,7 +264,7 @@ class LabelMachine(RuleBasedStateMachine):
     def pins_follow_from_the_labels(self) -> None:
         held = self.stage.labels._all.values()
         pinned = {key for label in held if label.is_pinned for key in label.named.keys}
-        assert self.stage.index.complete._kept == pinned
+        assert self.stage.index.complete.leaving._kept == pinned
         assert self.stage.labels._pinned_bytes == len(pinned) * ALIGNMENT <= CAPACITY * PINNED_SHARE
         ready = [key for key in pinned if self.stage.index.complete.get(key) is not None]
         assert self.stage.index.usage.pinned == len(ready) * ALIGNMENT
