@@ -1,32 +1,39 @@
-"""The hand-offs that an instance sends, from first word to last: what is known of each, by hand-off and by request.
+"""One hand-off that an instance sends, from first word to last: what is known of it, and what it does on each event.
+
+    Accept ──▶ compare ──▶ add_chunk, add_chunk ──▶ add_part from every lane ──▶ Landed
+                 └─ differs: Refused                 give_up ──▶ quiet from every rank ──▶ Failed
 
 Threads: none of its own; the sender's lock guards it.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from core.clock import Clock
 from core.handoff import Peer
+from core.layout import KVLayout
 from core.prompt import Prompt
 from core.report import FromCache
-from prefill.push import Pushed, whole
-from transport.handoff import Sending
-from transport.messages import Accept
-from transport.runs import Lane
-
-MAX_REMEMBERED = 20_000
-"""Hand-offs kept after their end, so that a late message finds an answer; the oldest are forgotten."""
-
-MAX_EARLY_BYTES = 64 << 20
-"""Of Accepts that came before their requests, together; beyond it they are refused, and the peer computes."""
+from prefill.agreement import disagreement
+from prefill.push import PushChunk, PushCommands, Pushed, PushTarget, whole
+from prefill.reports import SendReports
+from transport.handoff import Event, Sending, advance_sending, allows
+from transport.messages import Accept, Cancelled, Failed, Landed, Message, Refused
+from transport.ports import Ports
+from transport.runs import Lane, lanes
 
 MAX_WHY_CHARACTERS = 1000
-MAX_TIMEOUT_S = 86_400.0
-_ACCEPT_COST_BYTES = 512
+
+
+@dataclass
+class Means:
+    """What all hand-offs of one sending instance speak and act with. commands: the worker's next orders."""
+
+    me: Peer
+    layout: KVLayout
+    ports: Ports
+    reports: SendReports
+    commands: PushCommands = field(default_factory=PushCommands)
 
 
 @dataclass
@@ -36,6 +43,7 @@ class Outgoing:
 
     id: str
     deadline_s: float
+    means: Means
     state: Sending = Sending.NEW
     prompt: Prompt | None = None
     accept: Accept | None = None
@@ -50,100 +58,148 @@ class Outgoing:
     from_cache: list[FromCache] = field(default_factory=list)
     moments: dict[str, float] = field(default_factory=dict)
 
-    def add_part(self, part: Pushed) -> None:
-        """One pair of ranks is done."""
-        self.parts.append(part)
-        if len(self.parts) == len(self.lanes):
-            self.pushed = whole(self.parts)
-
     def __repr__(self) -> str:
         to = self.decode.name if self.decode else "?"
         return f"<Outgoing {self.id} {self.state.value} to {to}>"
 
+    # ---- what D says ----
 
-class OutgoingTable:
-    """All of them. `timeout_s`: of a hand-off that is heard of before its ticket."""
+    def accepted(self, sender: Peer, accept: Accept) -> None:
+        """D has reserved blocks, and names them."""
+        if self.accept is None:
+            self.decode, self.accept = sender, accept
+            self.moments["accepted"] = self.means.ports.clock.unix_s()
+        if self.state is Sending.RELEASED:
+            self.means.ports.send(sender, Refused(self.id, self.why or "the prefill side has ended this hand-off"))
+        elif allows(self.state, Event.ACCEPT):
+            self.move(Event.ACCEPT)
+            self.means.ports.faults.reach("accepted")
+            self.compare()
+            self.means.ports.wake()
 
-    def __init__(self, clock: Clock, timeout_s: float) -> None:
-        self._clock = clock
-        self._timeout_s = timeout_s
-        self._all: OrderedDict[str, Outgoing] = OrderedDict()
-        self._by_request: dict[str, Outgoing] = {}
-        self._early_bytes: dict[str, int] = {}
+    def declined(self, why: str) -> None:
+        """D needs nothing from us."""
+        self.why = why[:MAX_WHY_CHARACTERS]
+        if allows(self.state, Event.DECLINE):
+            self.move(Event.DECLINE)
 
-    def __iter__(self) -> Iterator[Outgoing]:
-        """Over a copy: what is found may be changed."""
-        return iter(list(self._all.values()))
+    def cancelled(self, sender: Peer, why: str) -> None:
+        """D wants no more, and wants to know when nothing is written any more."""
+        self.decode, why = sender, why[:MAX_WHY_CHARACTERS]
+        if self.state is Sending.MOVING:
+            self.give_up(Event.CANCEL, why)
+        elif self.state is not Sending.STOPPING:
+            if allows(self.state, Event.CANCEL):
+                self.why = why
+                self.move(Event.CANCEL)
+            self._say(Cancelled(self.id))
+        self.means.ports.wake()
 
-    def of(self, handoff: str, timeout_s: float | None = None) -> Outgoing:
-        """By its id; made at first sight."""
-        out = self._all.get(handoff)
-        if out is None:
-            is_sound = timeout_s is not None and 0 < timeout_s <= MAX_TIMEOUT_S  # a peer's own word
-            deadline_s = self._clock.monotonic_s() + (timeout_s if is_sound and timeout_s else self._timeout_s)
-            out = self._all[handoff] = Outgoing(handoff, deadline_s)
-            self._trim()
-        return out
+    # ---- what we do ----
 
-    def get(self, handoff: str) -> Outgoing | None:
-        """By its id, if it is known."""
-        return self._all.get(handoff)
+    def move(self, event: Event) -> None:
+        """To the next state."""
+        self.state = advance_sending(self.state, event)
+        if self.state is Sending.RELEASED:
+            self.means.reports.ended(self, event)
 
-    def of_request(self, request_id: str) -> Outgoing | None:
-        """By the engine's request, between its first hook and its last."""
-        return self._by_request.get(request_id)
+    def compare(self) -> None:
+        """Once both sides have spoken: the prompts must be the same, token by token."""
+        if self.state is not Sending.ACCEPTED or self.prompt is None or self.accept is None or self.decode is None:
+            return
+        me, layout = self.means.me, self.means.layout
+        self.why = disagreement(me, layout, self.prompt, self.accept, self.decode)
+        if not self.why:
+            self.lanes = lanes(layout, me.num_ranks, self.decode.num_ranks)
+            return
+        self.move(Event.REFUSE)
+        self._say(Refused(self.id, self.why))
 
-    def has_room(self, out: Outgoing, accept: Accept) -> bool:
-        """Whether an Accept can be kept: those that come before their request may be anybody's invention."""
-        if out.prompt is not None:
-            return True
-        if self.num_early_bytes() + _bytes_of(accept) > MAX_EARLY_BYTES:
-            for handoff in list(self._early_bytes):
-                self._forget_ended(handoff)
-        if self.num_early_bytes() + _bytes_of(accept) > MAX_EARLY_BYTES:
-            return False
-        self._early_bytes[out.id] = _bytes_of(accept)
-        return True
+    def refuse(self, sender: Peer, why: str, layout: KVLayout | None = None) -> None:
+        """Answers an Accept that cannot be read. layout: ours, where it is what differs."""
+        self.decode = sender
+        if self.state is Sending.NEW:
+            self.move(Event.DECLINE)
+        elif allows(self.state, Event.REFUSE):
+            self.move(Event.REFUSE)
+        self._say(Refused(self.id, why, layout))
 
-    def bind(self, out: Outgoing, prompt: Prompt) -> None:
-        """The engine has the request now."""
-        self._early_bytes.pop(out.id, None)
-        out.prompt = prompt
-        self._by_request[prompt.request_id] = out
+    def add_chunk(self, num_tokens: int, block_ids: list[int]) -> None:
+        """A chunk is scheduled, after which `num_tokens` of the prompt are computed, in these blocks."""
+        accept = self.accept
+        if self.state is not Sending.MOVING or accept is None or self.decode is None:
+            return
+        for lane in self.lanes:
+            target = PushTarget(
+                self.decode,
+                accept.schemes[lane.receiver],
+                accept.first_block,
+                accept.num_tokens,
+                accept.block_ids,
+                accept.full_digest,
+                lane,
+            )
+            self.means.commands.chunks.append(PushChunk(self.id, target, num_tokens, block_ids, self.num_chunks))
+        self.num_chunks += 1
 
-    def unbind(self, out: Outgoing) -> None:
-        """The engine has done with the request, and nothing reads its blocks."""
-        out.accept = None  # its block lists are the larger part of what is remembered
-        out.lanes, out.parts = [], []
-        if out.prompt is not None:
-            self._by_request.pop(out.prompt.request_id, None)
+    def add_part(self, part: Pushed) -> None:
+        """One pair of ranks is done; with the last one, so is the hand-off."""
+        if not allows(self.state, Event.PUSHED):
+            return
+        self.parts.append(part)
+        if len(self.parts) < len(self.lanes):
+            return
+        self.pushed = whole(self.parts)
+        stopping = self.state is Sending.STOPPING
+        self.move(Event.PUSHED)
+        if stopping or self.accept is None:
+            self._say(Failed(self.id, self.why))
+        else:
+            self._landed(self.pushed, self.accept.num_tokens)
 
-    def bound(self) -> list[Outgoing]:
-        """Those whose request the engine has."""
-        return list(self._by_request.values())
+    def give_up(self, event: Event, why: str) -> None:
+        """No further write starts."""
+        self.why = why
+        self.move(event)
+        if self.state is Sending.STOPPING:
+            self.means.commands.stop.append(self.id)
+        elif self.state is Sending.RELEASED and event is not Event.PEER_LOST:
+            self._say(Refused(self.id, why))
+        self.means.ports.wake()
 
-    def num_early_bytes(self) -> int:
-        """Of Accepts that came before their requests and may still be used."""
-        return sum(self._early_bytes.values())
+    def quiet(self, rank: int) -> None:
+        """One of our ranks writes no more."""
+        if self.state is not Sending.STOPPING:
+            return
+        self.quiet_ranks.add(rank)
+        if len(self.quiet_ranks) == self.means.me.num_ranks:
+            self.move(Event.QUIET)
+            self._say(Failed(self.id, self.why))
 
-    def _forget_ended(self, handoff: str) -> None:
-        """The block lists of an Accept whose hand-off ended before its request came."""
-        out = self._all.get(handoff)
-        if out is None or out.state is Sending.RELEASED:
-            del self._early_bytes[handoff]
-            if out is not None:
-                out.accept = None
+    def may_go(self) -> bool:
+        """Whether the engine has done with it, and nothing reads its blocks."""
+        if self.finished and self.state is Sending.LANDED:
+            self.move(Event.FINISH)
+        return self.finished and self.state is Sending.RELEASED
 
-    def _trim(self) -> None:
-        excess = len(self._all) - MAX_REMEMBERED
-        if excess > 0:
-            ended = [i for i, out in self._all.items() if out.state is Sending.RELEASED and out.finished]
-            stale = ended or [i for i, out in self._all.items() if out.prompt is None]
-            for handoff in stale[:excess]:
-                del self._all[handoff]
-                self._early_bytes.pop(handoff, None)
+    def _landed(self, pushed: Pushed, num_tokens: int) -> None:
+        self.moments["moving"] = pushed.moving_unix_s
+        self.moments["last_layer"] = pushed.last_layer_unix_s
+        self.moments["computed"] = pushed.computed_unix_s
+        self._say(
+            Landed(
+                handoff=self.id,
+                num_tokens=num_tokens,
+                num_bytes=pushed.num_bytes,
+                parts=[part.part() for part in self.parts],
+                moving_unix_s=pushed.moving_unix_s,
+                last_layer_unix_s=pushed.last_layer_unix_s,
+            )
+        )
+        self.moments["landed"] = self.means.ports.clock.unix_s()
+        self.means.reports.sent(self)
+        self.means.ports.faults.reach("landed")
 
-
-def _bytes_of(accept: Accept) -> int:
-    descriptions = sum(len(description) for schemes in accept.schemes for _, description in schemes)
-    return _ACCEPT_COST_BYTES * max(len(accept.schemes), 1) + 8 * len(accept.block_ids) + descriptions
+    def _say(self, message: Message) -> None:
+        if self.decode is not None:
+            self.means.ports.send(self.decode, message)

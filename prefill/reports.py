@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from core.handoff import Role
 from core.report import Report
-from prefill.outgoing import Outgoing
 from transport.handoff import Event
+
+if TYPE_CHECKING:
+    from prefill.outgoing import Outgoing
 
 _OUTCOMES = {Event.DECLINE: "declined", Event.REFUSE: "refused", Event.CANCEL: "cancelled"}
 

@@ -19,13 +19,13 @@ from core.handoff import Peer
 from core.layout import KVLayout
 from core.prompt import Prompt
 from core.report import FromCache
-from prefill.outgoing import MAX_WHY_CHARACTERS, Outgoing, OutgoingTable
-from prefill.push import PushChunk, PushCommands, Pushed, PushResults, PushTarget, Quiet
+from prefill.outgoing import Means
+from prefill.outgoing_table import OutgoingTable
+from prefill.push import PushCommands, PushResults
 from prefill.reports import SendReports
-from transport.handoff import Event, Sending, advance_sending, allows
-from transport.messages import Accept, Cancel, Cancelled, Decline, Failed, Landed, Message, Refused
+from transport.handoff import Event, Sending, allows
+from transport.messages import Accept, Cancel, Decline, Message
 from transport.ports import Ports
-from transport.runs import lanes, objection
 
 
 class Gate(enum.Enum):
@@ -40,13 +40,10 @@ class Sender:
     """All hand-offs that this instance sends. `me` is this instance, `layout` its KV layout."""
 
     def __init__(self, me: Peer, layout: KVLayout, ports: Ports, timeout_s: float = 60.0) -> None:
-        self._me = me
-        self._layout = layout
         self._ports = ports
         self._lock = threading.RLock()
-        self._all = OutgoingTable(ports.clock, timeout_s)
-        self._reports = SendReports(me.name, ports.report)
-        self._commands = PushCommands()
+        self._means = Means(me, layout, ports, SendReports(me.name, ports.report))
+        self._all = OutgoingTable(self._means, timeout_s)
 
     # ---- the engine's thread ----
 
@@ -58,8 +55,8 @@ class Sender:
             if out.prompt is None:
                 self._all.bind(out, prompt)
             if out.state in (Sending.NEW, Sending.OFFERED):
-                self._move(out, Event.ASK)
-                self._compare(out)
+                out.move(Event.ASK)
+                out.compare()
             if out.state in (Sending.ACCEPTED, Sending.MOVING, Sending.LANDED):
                 return Gate.PUSH
             overdue = self._ports.clock.monotonic_s() > out.deadline_s
@@ -70,7 +67,7 @@ class Sender:
         with self._lock:
             out = self._all.of_request(request_id)
             if out is not None and allows(out.state, Event.START):
-                self._move(out, Event.START)
+                out.move(Event.START)
 
     def loaded(self, request_id: str, parts: list[FromCache]) -> None:
         """The KV cache gave a part of the prompt, which is pushed as if it had been computed."""
@@ -83,21 +80,8 @@ class Sender:
         """A chunk is scheduled, after which `num_tokens` of the prompt are computed, in these blocks."""
         with self._lock:
             out = self._all.of_request(request_id)
-            if out is None or out.state is not Sending.MOVING or out.accept is None or out.decode is None:
-                return
-            accept = out.accept
-            for lane in out.lanes:
-                target = PushTarget(
-                    out.decode,
-                    accept.schemes[lane.receiver],
-                    accept.first_block,
-                    accept.num_tokens,
-                    accept.block_ids,
-                    accept.full_digest,
-                    lane,
-                )
-                self._commands.chunks.append(PushChunk(out.id, target, num_tokens, block_ids, out.num_chunks))
-            out.num_chunks += 1
+            if out is not None:
+                out.add_chunk(num_tokens, block_ids)
 
     def preempted(self, request_id: str) -> None:
         """The engine took the request's blocks away; a write may still be reading them, so the hand-off ends.
@@ -107,7 +91,7 @@ class Sender:
         with self._lock:
             out = self._all.of_request(request_id)
             if out is not None and out.state is Sending.MOVING:
-                self._give_up(out, Event.ABORT, "preempted on the prefill side")
+                out.give_up(Event.ABORT, "preempted on the prefill side")
 
     def finished(self, request_id: str, *, completed: bool) -> bool:
         """The engine is done with the request. True: keep its blocks until `on_results` names it."""
@@ -117,9 +101,9 @@ class Sender:
                 return False
             out.finished = True
             if not completed and allows(out.state, Event.ABORT):
-                self._give_up(out, Event.ABORT, "the request was aborted on the prefill side")
+                out.give_up(Event.ABORT, "the request was aborted on the prefill side")
             if out.state is Sending.LANDED:
-                self._move(out, Event.FINISH)
+                out.move(Event.FINISH)
             if out.state in (Sending.MOVING, Sending.STOPPING):
                 return True
             self._all.unbind(out)
@@ -128,7 +112,7 @@ class Sender:
     def take_commands(self) -> PushCommands:
         """The worker's orders for the step that is about to run."""
         with self._lock:
-            commands, self._commands = self._commands, PushCommands()
+            commands, self._means.commands = self._means.commands, PushCommands()
             return commands
 
     def on_results(self, results: PushResults) -> list[str]:
@@ -137,12 +121,14 @@ class Sender:
             for failure in results.failed:
                 out = self._all.get(failure.handoff)
                 if out is not None and out.state is Sending.MOVING:
-                    self._give_up(out, Event.ABORT, failure.why)
+                    out.give_up(Event.ABORT, failure.why)
             for pushed in results.pushed:
-                self._on_pushed(pushed)
+                if out := self._all.get(pushed.handoff):
+                    out.add_part(pushed)
             for quiet in results.quiet:
-                self._on_quiet(quiet)
-            return self._releasable()
+                if out := self._all.get(quiet.handoff):
+                    out.quiet(quiet.rank)
+            return [self._all.unbind(out) for out in self._all.bound() if out.may_go()]
 
     def num_early_bytes(self) -> int:
         """Of Accepts whose requests have not come."""
@@ -160,25 +146,20 @@ class Sender:
         """One message of a decode instance."""
         with self._lock:
             if isinstance(message, Accept):
-                self._on_accept(sender, message)
+                out = self._all.of(message.handoff, message.timeout_s)
+                if out.accept is None and not self._all.has_room(out, message):
+                    out.refuse(sender, "too much is accepted here before it was asked for")
+                else:
+                    out.accepted(sender, message)
             elif isinstance(message, Decline):
-                out = self._all.of(message.handoff)
-                out.why = message.why[:MAX_WHY_CHARACTERS]
-                if allows(out.state, Event.DECLINE):
-                    self._move(out, Event.DECLINE)
+                self._all.of(message.handoff).declined(message.why)
             elif isinstance(message, Cancel):
-                self._on_cancel(sender, message)
+                self._all.of(message.handoff).cancelled(sender, message.why)
 
     def refuse(self, sender: Peer, handoff: str, why: str, *, with_layout: bool = False) -> None:
         """Answers an Accept that cannot be read: another layout or protocol."""
         with self._lock:
-            out = self._all.of(handoff)
-            out.decode = sender
-            if out.state is Sending.NEW:
-                self._move(out, Event.DECLINE)
-            elif allows(out.state, Event.REFUSE):
-                self._move(out, Event.REFUSE)
-            self._ports.send(sender, Refused(handoff, why, self._layout if with_layout else None))
+            self._all.of(handoff).refuse(sender, why, self._means.layout if with_layout else None)
 
     def on_peer_lost(self, control: str) -> None:
         """The process behind this control address is gone."""
@@ -189,8 +170,8 @@ class Sender:
                     continue
                 boot_ids.add(out.decode.boot_id)  # also of ended hand-offs: its memory may still be mapped
                 if allows(out.state, Event.PEER_LOST):
-                    self._give_up(out, Event.PEER_LOST, "the decode instance died")
-            self._commands.forget.extend(boot_ids)
+                    out.give_up(Event.PEER_LOST, "the decode instance died")
+            self._means.commands.forget.extend(boot_ids)
 
     def tick(self) -> None:
         """Ends hand-offs that are past their deadline."""
@@ -198,137 +179,4 @@ class Sender:
         with self._lock:
             for out in self._all:
                 if now_s > out.deadline_s and allows(out.state, Event.DEADLINE):
-                    self._give_up(out, Event.DEADLINE, "deadline")
-
-    # ---- inside the lock ----
-
-    def _move(self, out: Outgoing, event: Event) -> None:
-        out.state = advance_sending(out.state, event)
-        if out.state is Sending.RELEASED:
-            self._reports.ended(out, event)
-
-    def _on_accept(self, sender: Peer, accept: Accept) -> None:
-        out = self._all.of(accept.handoff, accept.timeout_s)
-        if out.accept is None and not self._all.has_room(out, accept):
-            self.refuse(sender, accept.handoff, "too much is accepted here before it was asked for")
-            return
-        if out.accept is None:
-            out.decode, out.accept = sender, accept
-            out.moments["accepted"] = self._ports.clock.unix_s()
-        if out.state is Sending.RELEASED:
-            self._ports.send(sender, Refused(out.id, out.why or "the prefill side has ended this hand-off"))
-        elif allows(out.state, Event.ACCEPT):
-            self._move(out, Event.ACCEPT)
-            self._ports.faults.reach("accepted")
-            self._compare(out)
-            self._ports.wake()
-
-    def _compare(self, out: Outgoing) -> None:
-        """Once both sides have spoken: the prompts must be the same, token by token."""
-        if out.state is not Sending.ACCEPTED or out.prompt is None or out.accept is None or out.decode is None:
-            return
-        out.why = self._objection(out.prompt, out.accept, out.decode)
-        if not out.why:
-            out.lanes = lanes(self._layout, self._me.num_ranks, out.decode.num_ranks)
-            return
-        self._move(out, Event.REFUSE)
-        self._ports.send(out.decode, Refused(out.id, out.why))
-
-    def _objection(self, prompt: Prompt, accept: Accept, decode: Peer) -> str:
-        """Why this Accept does not fit the prompt, or us; empty if it does."""
-        why = objection(self._layout, self._me.num_ranks, decode.num_ranks)
-        if why or (accept.num_senders, len(accept.schemes)) != (self._me.num_ranks, decode.num_ranks):
-            awaited = f"transports of {len(accept.schemes)} and awaits {accept.num_senders}"
-            why = why or f"the receiving side offers {awaited}"
-            return (
-                f"tensor parallel sizes: {self._me.name} has {self._me.num_ranks} ranks, {decode.name} "
-                f"{decode.num_ranks}: {why}"
-            )
-        if (prompt.num_tokens, prompt.hash) != (accept.num_prompt_tokens, accept.prompt_hash):
-            return (
-                f"prompts differ: {self._me.name} has {prompt.num_tokens} tokens (hash {prompt.hash.hex()[:12]}), "
-                f"{decode.name} has {accept.num_prompt_tokens} (hash {accept.prompt_hash.hex()[:12]})"
-            )
-        end_block = -(-accept.num_tokens // self._layout.block_size)
-        is_sound = 0 <= accept.first_block < end_block and accept.num_tokens < prompt.num_tokens
-        if not is_sound or len(accept.block_ids) != end_block - accept.first_block:
-            span = f"{len(accept.block_ids)} blocks from {accept.first_block}"
-            return f"impossible Accept: {span} for {accept.num_tokens} tokens"
-        return ""
-
-    def _on_cancel(self, sender: Peer, cancel: Cancel) -> None:
-        out = self._all.of(cancel.handoff)
-        out.decode = sender
-        if out.state is Sending.MOVING:
-            self._give_up(out, Event.CANCEL, cancel.why[:MAX_WHY_CHARACTERS])
-        elif out.state is not Sending.STOPPING:
-            if allows(out.state, Event.CANCEL):
-                out.why = cancel.why[:MAX_WHY_CHARACTERS]
-                self._move(out, Event.CANCEL)
-            self._ports.send(sender, Cancelled(out.id))
-        self._ports.wake()
-
-    def _give_up(self, out: Outgoing, event: Event, why: str) -> None:
-        out.why = why
-        self._move(out, event)
-        if out.state is Sending.STOPPING:
-            self._commands.stop.append(out.id)
-        elif out.state is Sending.RELEASED and out.decode is not None and event is not Event.PEER_LOST:
-            self._ports.send(out.decode, Refused(out.id, why))
-        self._ports.wake()
-
-    def _on_pushed(self, pushed: Pushed) -> None:
-        out = self._all.get(pushed.handoff)
-        if out is None or not allows(out.state, Event.PUSHED):
-            return
-        out.add_part(pushed)
-        if out.pushed is None:
-            return
-        pushed = out.pushed
-        stopping = out.state is Sending.STOPPING
-        self._move(out, Event.PUSHED)
-        if stopping or out.decode is None or out.accept is None:
-            self._say_stopped(out)
-            return
-        out.moments["moving"] = pushed.moving_unix_s
-        out.moments["last_layer"] = pushed.last_layer_unix_s
-        out.moments["computed"] = pushed.computed_unix_s
-        self._ports.send(
-            out.decode,
-            Landed(
-                handoff=out.id,
-                num_tokens=out.accept.num_tokens,
-                num_bytes=pushed.num_bytes,
-                parts=[part.part() for part in out.parts],
-                moving_unix_s=pushed.moving_unix_s,
-                last_layer_unix_s=pushed.last_layer_unix_s,
-            ),
-        )
-        out.moments["landed"] = self._ports.clock.unix_s()
-        self._reports.sent(out)
-        self._ports.faults.reach("landed")
-
-    def _on_quiet(self, quiet: Quiet) -> None:
-        out = self._all.get(quiet.handoff)
-        if out is None or out.state is not Sending.STOPPING:
-            return
-        out.quiet_ranks.add(quiet.rank)
-        if len(out.quiet_ranks) == self._me.num_ranks:
-            self._move(out, Event.QUIET)
-            self._say_stopped(out)
-
-    def _say_stopped(self, out: Outgoing) -> None:
-        if out.decode is not None:
-            self._ports.send(out.decode, Failed(out.id, out.why))
-
-    def _releasable(self) -> list[str]:
-        free = []
-        for out in self._all.bound():
-            if not out.finished or out.prompt is None:
-                continue
-            if out.state is Sending.LANDED:
-                self._move(out, Event.FINISH)
-            if out.state is Sending.RELEASED:
-                free.append(out.prompt.request_id)
-                self._all.unbind(out)
-        return free
+                    out.give_up(Event.DEADLINE, "deadline")

@@ -12,7 +12,7 @@ from core.clock import ManualClock
 from core.handoff import Handoff
 from core.layout import KVLayout
 from decode.admission import Limits
-from prefill.outgoing import MAX_EARLY_BYTES
+from prefill.outgoing_table import MAX_EARLY_BYTES
 from tests.handoff.sim import LAYOUT, NUM_BLOCKS, SimEngine
 from transport.messages import Accept, Cancel, Cancelled, Decline, Failed, Landed, Message, Refused
 
