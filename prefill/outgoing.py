@@ -152,7 +152,7 @@ class Outgoing:
         self.pushed = whole(self.parts)
         stopping = self.state is Sending.STOPPING
         self.move(Event.PUSHED)
-        if stopping or self.accept is None:
+        if stopping or self.decode is None or self.accept is None:
             self._say(Failed(self.id, self.why))
         else:
             self._landed(self.pushed, self.accept.num_tokens)
