@@ -20,7 +20,8 @@ from core.report import Report
 from core.topology import InstanceInfo
 from decode.accounts import Accounts
 from decode.admission import Capacity
-from decode.receiver import Offer, Receiver
+from decode.incoming import Offer
+from decode.receiver import Receiver
 from engine.acquaintances import Acquaintances, OwnWorker
 from engine.arrivals import Arrived
 from engine.cache_side import CacheScheduler, refuse_hash

@@ -15,8 +15,9 @@ from core.layout import KVLayout
 from core.prompt import Prompt
 from decode.accounts import Accounts
 from decode.admission import Capacity, Limits
+from decode.incoming import Offer
 from decode.land import Drop
-from decode.receiver import Offer, Receiver
+from decode.receiver import Receiver
 from engine.correspondence import Correspondence
 from engine.settings import ConnectorSettings
 from prefill.sender import Sender

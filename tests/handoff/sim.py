@@ -20,9 +20,10 @@ from core.prompt import Prompt
 from core.report import Report
 from decode.accounts import Accounts
 from decode.admission import Capacity, Limits
+from decode.incoming import Offer
 from decode.land import LandResults, Received
 from decode.lander import Lander
-from decode.receiver import Offer, Receiver
+from decode.receiver import Receiver
 from prefill.connections import Connections
 from prefill.push import PushResults
 from prefill.pusher import Pusher

@@ -10,7 +10,8 @@ from core.clock import SystemClock
 from core.layout import PROTOCOL_VERSION, KVLayout
 from decode.accounts import Accounts
 from decode.admission import Limits
-from decode.receiver import Offer, Receiver
+from decode.incoming import Offer
+from decode.receiver import Receiver
 from engine.correspondence import Correspondence
 from engine.settings import ConnectorSettings
 from prefill.sender import Sender
