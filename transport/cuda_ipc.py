@@ -73,9 +73,7 @@ class CudaIpcTransport:
 
     def register(self, region: Region) -> None:
         """Raises TransferError if the region's memory is not the GPU's."""
-        check_region(region)
-        if region.id in self._regions:
-            raise TransferError(f"region {region.id} is registered already")
+        check_region(region, self._regions)
         self._device.check(region.address, _extent(region))
         self._regions[region.id] = region
 

@@ -49,9 +49,7 @@ class InprocTransport:
         return None
 
     def register(self, region: Region) -> None:
-        check_region(region)
-        if region.id in self.regions:
-            raise TransferError(f"region {region.id} is registered already")
+        check_region(region, self.regions)
         self.regions[region.id] = region
 
     def describe(self) -> bytes:

@@ -89,9 +89,7 @@ class NixlTransport:
         return None
 
     def register(self, region: Region) -> None:
-        check_region(region)
-        if region.id in self._regions:
-            raise TransferError(f"region {region.id} is registered already")
+        check_region(region, self._regions)
         if self._running is not None:
             self._running.agent.register(region)
         self._regions[region.id] = region

@@ -11,7 +11,7 @@ import ctypes
 import functools
 import itertools
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -43,10 +43,12 @@ class Span(NamedTuple):
         return self.num_bytes == self.region.stride
 
 
-def check_region(region: Region) -> None:
-    """Raises TransferError if the numbers cannot describe an array of blocks."""
+def check_region(region: Region, registered: Container[int] = ()) -> None:
+    """Raises TransferError if the numbers cannot describe an array of blocks, or its id is registered already."""
     if region.id < 0 or region.block_bytes < 1 or region.num_blocks < 1 or region.stride < region.block_bytes:
         raise TransferError(f"not an array of blocks: {region}")
+    if region.id in registered:
+        raise TransferError(f"region {region.id} is registered already")
 
 
 def resolve(regions: Mapping[int, Region], blocks: Blocks, whose: str) -> Span:

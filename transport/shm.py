@@ -80,9 +80,7 @@ class ShmTransport:
         return memory
 
     def register(self, region: Region) -> None:
-        check_region(region)
-        if region.id in self._regions:
-            raise TransferError(f"region {region.id} is registered already")
+        check_region(region, self._regions)
         self._regions[region.id] = region
 
     def describe(self) -> bytes:

@@ -23,7 +23,8 @@ from transport.base import Blocks, Memory, Region
 from transport.frames import RegionShape, shape_region
 from transport.landing import CountedLanding, Inbox
 from transport.pieces import PiecewiseTransfer, Task
-from transport.regions import check_pairing, check_region, check_words, resolve
+from transport.piecewise_endpoint import PiecewiseEndpoint
+from transport.regions import check_region, check_words
 from transport.ucx_library import Lease, why_unavailable
 from transport.ucx_link import CONNECT_TIMEOUT_S, UcxLink
 from transport.ucx_receiver import UcxReceiver
@@ -77,9 +78,7 @@ class UcxTransport:
         return None
 
     def register(self, region: Region) -> None:
-        check_region(region)
-        if region.id in self._regions:
-            raise TransferError(f"region {region.id} is registered already")
+        check_region(region, self._regions)
         self._regions[region.id] = region
         if region.device is not None:
             self._io.use_device(region.device)
@@ -90,14 +89,15 @@ class UcxTransport:
         on_device = [each.id for each in regions if each.device is not None]
         return encode(UcxDescription("ucx", PROTOCOL_VERSION, self._door.address, self._token, shapes, on_device))
 
-    def connect(self, description: bytes) -> UcxEndpoint:
+    def connect(self, description: bytes) -> PiecewiseEndpoint[PiecewiseTransfer]:
         parsed = decode_description(description)
         if not self._io.is_open():
             raise TransferError("the transport is closed")
         remote = {shape.id: shape_region(shape) for shape in parsed.regions}
         link = UcxLink(parsed, self._clock.monotonic_s() + CONNECT_TIMEOUT_S, self._io.wake)
         self._io.adopt(link)
-        return UcxEndpoint(self._regions, remote, set(parsed.on_device), link)
+        on_device = set(parsed.on_device)
+        return PiecewiseEndpoint(self._regions, remote, link, lambda task: _transfer(task, link, on_device))
 
     def expect(self, tag: str, blocks: Sequence[Blocks]) -> CountedLanding:
         check_words(tag, None)
@@ -112,38 +112,9 @@ class UcxTransport:
             self._lease.give_back()
 
 
-class UcxEndpoint:
-    """One connected peer; its link does the work on the I/O thread. on_device: the peer's regions in a GPU's memory."""
-
-    def __init__(
-        self, regions: dict[int, Region], remote: dict[int, Region], on_device: set[int], link: UcxLink
-    ) -> None:
-        self._regions = regions
-        self._remote = remote
-        self._on_device = on_device
-        self._link = link
-
-    def write(self, tag: str, local: Blocks, remote: Blocks, notice: bytes | None = None) -> PiecewiseTransfer:
-        check_words(tag, notice)
-        return self._start(local, remote, tag, notice)
-
-    def read(self, remote: Blocks, local: Blocks) -> PiecewiseTransfer:
-        return self._start(local, remote, None, None)
-
-    def failure(self) -> str:
-        return self._link.why_failed
-
-    def close(self) -> None:
-        self._link.close()
-
-    def _start(self, local: Blocks, remote: Blocks, tag: str | None, notice: bytes | None) -> PiecewiseTransfer:
-        near = resolve(self._regions, local, "local")
-        far = resolve(self._remote, remote, "remote")
-        check_pairing(local, near, remote, far)
-        # Nothing gathers or scatters in a GPU's memory: its blocks travel one by one.
-        is_on_device = near.region.device is not None or far.region.id in self._on_device
-        frame_bytes = min(MAX_MESSAGE_BYTES, near.num_bytes) if is_on_device else MAX_MESSAGE_BYTES
-        task = Task(near, local.ids, far, remote.ids, tag, notice)
-        transfer = PiecewiseTransfer(task, self._link.cancel, frame_bytes)
-        self._link.start(transfer)
-        return transfer
+def _transfer(task: Task, link: UcxLink, on_device: set[int]) -> PiecewiseTransfer:
+    """on_device: the peer's regions in a GPU's memory. Nothing gathers or scatters there: such blocks travel one by
+    one."""
+    is_on_device = task.local.region.device is not None or task.remote.region.id in on_device
+    frame_bytes = min(MAX_MESSAGE_BYTES, task.local.num_bytes) if is_on_device else MAX_MESSAGE_BYTES
+    return PiecewiseTransfer(task, link.cancel, frame_bytes)

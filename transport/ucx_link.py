@@ -1,6 +1,6 @@
 """The sending side of one ucx connection, driven by the transport's I/O thread.
 
-    UcxEndpoint.write ──▶ queue ──▶ frames in flight (at most WINDOW_BYTES) ──▶ Ack, Nack, Answer ──▶ transfer ends
+    Endpoint.write ──▶ queue ──▶ frames in flight (at most WINDOW_BYTES) ──▶ Ack, Nack, Answer ──▶ transfer ends
 
 Memory model: payloads are views of local memory where the blocks lie together, copies otherwise. A cancelled transfer
 keeps running until every frame of it that is under way has been answered; a failed one ends after UCX has let go of

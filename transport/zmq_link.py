@@ -1,6 +1,6 @@
 """The sending side of one zmq connection, driven by the transport's I/O thread.
 
-    ZmqEndpoint.write ──▶ queue ──▶ frames in flight (at most WINDOW_BYTES) ──▶ Ack, Nack, Answer ──▶ transfer ends
+    Endpoint.write ──▶ queue ──▶ frames in flight (at most WINDOW_BYTES) ──▶ Ack, Nack, Answer ──▶ transfer ends
 
 Memory model: payloads are views of local memory where the blocks lie together, copies otherwise; ZMQ may read them
 until the transfer has ended, and for a moment after an endpoint was closed. So a cancelled transfer keeps running

@@ -30,10 +30,11 @@ from transport.doorway import CHECK_MS, Doorway
 from transport.intake import IntakeLimits
 from transport.keys import Keys
 from transport.landing import CountedLanding, Inbox
-from transport.regions import check_pairing, check_region, check_words, resolve
+from transport.piecewise_endpoint import PiecewiseEndpoint
+from transport.regions import check_region, check_words
 from transport.zmq_link import CONNECT_TIMEOUT_S, ZmqLink
 from transport.zmq_receiver import ZmqReceiver
-from transport.zmq_transfer import Task, ZmqTransfer
+from transport.zmq_transfer import ZmqTransfer
 from transport.zmq_wire import (
     MAX_FRAMES_IN_FLIGHT,
     MAX_PART_BYTES,
@@ -90,23 +91,21 @@ class ZmqTransport:
         return None
 
     def register(self, region: Region) -> None:
-        check_region(region)
-        if region.id in self._regions:
-            raise TransferError(f"region {region.id} is registered already")
+        check_region(region, self._regions)
         self._regions[region.id] = region
 
     def describe(self) -> bytes:
         shapes = [RegionShape(each.id, each.block_bytes, each.num_blocks) for each in self._regions.values()]
         return encode(ZmqDescription(self._io.address, self._token, shapes))
 
-    def connect(self, description: bytes) -> ZmqEndpoint:
+    def connect(self, description: bytes) -> PiecewiseEndpoint[ZmqTransfer]:
         parsed = decode_description(description)
         if not self._io.is_open():
             raise TransferError("the transport is closed")
         remote = {shape.id: shape_region(shape) for shape in parsed.regions}
         link = ZmqLink(parsed, self._clock.monotonic_s() + CONNECT_TIMEOUT_S, self._io.wake)
         self._io.adopt(link)
-        return ZmqEndpoint(self._regions, remote, link)
+        return PiecewiseEndpoint(self._regions, remote, link, lambda task: ZmqTransfer(task, link.cancel))
 
     def expect(self, tag: str, blocks: Sequence[Blocks]) -> CountedLanding:
         check_words(tag, None)
@@ -117,36 +116,6 @@ class ZmqTransport:
     def close(self) -> None:
         """Ends the I/O thread and every endpoint."""
         self._io.close()
-
-
-class ZmqEndpoint:
-    """One connected peer; its link does the work on the I/O thread."""
-
-    def __init__(self, regions: dict[int, Region], remote: dict[int, Region], link: ZmqLink) -> None:
-        self._regions = regions
-        self._remote = remote
-        self._link = link
-
-    def write(self, tag: str, local: Blocks, remote: Blocks, notice: bytes | None = None) -> ZmqTransfer:
-        check_words(tag, notice)
-        return self._start(local, remote, tag, notice)
-
-    def read(self, remote: Blocks, local: Blocks) -> ZmqTransfer:
-        return self._start(local, remote, None, None)
-
-    def failure(self) -> str:
-        return self._link.why_failed
-
-    def close(self) -> None:
-        self._link.close()
-
-    def _start(self, local: Blocks, remote: Blocks, tag: str | None, notice: bytes | None) -> ZmqTransfer:
-        near = resolve(self._regions, local, "local")
-        far = resolve(self._remote, remote, "remote")
-        check_pairing(local, near, remote, far)
-        transfer = ZmqTransfer(Task(near, local.ids, far, remote.ids, tag, notice), self._link.cancel)
-        self._link.start(transfer)
-        return transfer
 
 
 class _Place(NamedTuple):

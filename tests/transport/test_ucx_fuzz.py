@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.poll import until
+from tests.transport.fuzzing import FRAMES
 from tests.transport.memory import Owned
 from tests.transport.ucx_stranger import Stranger
 from transport import schemes
@@ -116,23 +117,6 @@ def test_random_bytes_at_ucx_own_port_harm_nobody(attacked: Attacked) -> None:
             with socket.create_connection(("127.0.0.1", port), 5.0) as stranger:
                 stranger.sendall(garbage)
     attacked.check_serves()
-
-
-FRAMES = st.one_of(
-    st.builds(
-        Data,
-        st.integers(0, 100),
-        st.sampled_from(["t", "other", ""]),
-        st.integers(0, 2),
-        st.lists(st.integers(0, 9), min_size=1, max_size=3),
-        st.integers(0, 5000),
-        st.integers(1, 5000),
-    ),
-    st.builds(Notice, st.integers(0, 100), st.sampled_from(["t", "other"]), st.binary(max_size=10)),
-    st.builds(
-        Ask, st.integers(0, 100), st.integers(0, 2), st.lists(st.integers(0, 9), min_size=1), st.just(0), st.just(4096)
-    ),
-)
 
 
 @FUZZ

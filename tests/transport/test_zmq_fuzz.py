@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.poll import until
+from tests.transport.fuzzing import FRAMES
 from tests.transport.memory import Owned
 from transport.conformance_pair import finish
 from transport.zmq_tcp import ZmqTransport
@@ -72,23 +73,6 @@ def test_a_deeply_nested_header_and_an_endless_message_are_dropped(attacked: Att
     attacked.stranger.send_multipart([b"x"] * 5000)
     until(lambda: attacked.malformed() >= before + 2, what="both are counted")
     attacked.check_serves()
-
-
-FRAMES = st.one_of(
-    st.builds(
-        Data,
-        st.integers(0, 100),
-        st.sampled_from(["t", "other", ""]),
-        st.integers(0, 2),
-        st.lists(st.integers(0, 9), min_size=1, max_size=3),
-        st.integers(0, 5000),
-        st.integers(1, 5000),
-    ),
-    st.builds(Notice, st.integers(0, 100), st.sampled_from(["t", "other"]), st.binary(max_size=10)),
-    st.builds(
-        Ask, st.integers(0, 100), st.integers(0, 2), st.lists(st.integers(0, 9), min_size=1), st.just(0), st.just(4096)
-    ),
-)
 
 
 @FUZZ
