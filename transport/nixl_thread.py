@@ -20,11 +20,11 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Protocol
 
 from core.clock import Clock
 from core.errors import TransferError
+from transport.affinity import widen_affinity
 from transport.nixl_agent import NixlAgent
 
 TICK_S = 1.0
@@ -197,14 +197,3 @@ class _Signals:
         fd, self.wake_fd = self.wake_fd, -1
         self.epoll.close()
         os.close(fd)
-
-
-def widen_affinity() -> None:
-    """Lets the calling thread run wherever this process's threads and its parent may."""
-    cores: set[int] = set()
-    threads = [int(each.name) for each in Path("/proc/self/task").iterdir()]
-    for thread in (*threads, os.getppid()):
-        with suppress(OSError):  # it has ended meanwhile, or belongs to someone else
-            cores |= os.sched_getaffinity(thread)
-    with suppress(OSError):
-        os.sched_setaffinity(0, cores)

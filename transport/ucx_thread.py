@@ -20,6 +20,7 @@ import time
 
 from core.clock import Clock
 from core.errors import BatonError, TransferError
+from transport.affinity import widen_affinity
 from transport.doorbell import Doorbell
 from transport.ucx_library import make_current
 from transport.ucx_link import UcxLink
@@ -92,6 +93,7 @@ class UcxThread:
         return self._parts.receiver.malformed + sum(link.malformed for link in links)
 
     def _run(self) -> None:
+        widen_affinity()
         num_quiet = 0
         while self.is_open():
             try:

@@ -374,3 +374,15 @@ def _num_in_flight(endpoint: object) -> int:
 def _num_parked(owned: Owned) -> int:
     parking = owned.transport._io._parts.receiver.parking  # type: ignore[attr-defined]
     return int(parking._num_frames)
+
+
+def test_its_thread_runs_beside_the_engine_and_not_on_the_core_that_computes() -> None:
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        transport = make()
+        (thread,) = [each for each in threading.enumerate() if each.name == "baton-ucx"]
+        until(lambda: os.sched_getaffinity(thread.native_id or 0) >= cores, what="all of the process's cores")
+        transport.close()
+    finally:
+        os.sched_setaffinity(0, cores)
