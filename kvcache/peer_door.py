@@ -63,9 +63,9 @@ class Door:
                     parts.append(part.bytes)
         except zmq.Again:
             return None
-        if num_parts:  # the first part is the connection's name, which did not come over the line
-            self._doorway.took(part, num_bytes, num_parts)
-        return parts
+        if not num_parts:  # only the first part, the connection's name, which did not come over the line
+            return parts
+        return parts if self._doorway.took(part, num_bytes, num_parts) else parts[:1]
 
     def watch(self) -> None:
         """Every now and then: who came, who left, who sends too much."""

@@ -185,7 +185,8 @@ class _Line:
                 break
             if len(parts) != 1:
                 raise ProtocolError("it says something of several parts")
-            self._intake.took(int(parts[0].get(zmq.SRCFD)), len(parts[0]), 1)
+            if not self._intake.took(parts[0], len(parts[0])):
+                raise ProtocolError("it does not speak ZMTP 3")
             result.append(words.decode_at_asker(parts[0].buffer))
         if result:
             self._heard_s = self._clock.monotonic_s()

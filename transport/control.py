@@ -149,12 +149,18 @@ class ControlPlane:
             events = dict(poller.poll(math.ceil(wait_s * 1000)))
             if self._stop_fd in events:
                 return
-            if self._pull in events:
-                self._receive()
-            self._doorway.turn(any(socket in events for socket in self._doorway.sockets))
+            try:
+                self._turn(events)
+            except Exception:  # noqa: BLE001 - one bad message must not end the thread that serves everybody
+                _log.exception("control plane: a turn failed")
             if self._clock.monotonic_s() >= tick_s:
                 tick_s = self._clock.monotonic_s() + TICK_S
                 self._tick()
+
+    def _turn(self, events: dict[object, int]) -> None:
+        if self._pull in events:
+            self._receive()
+        self._doorway.turn(any(socket in events for socket in self._doorway.sockets))
 
     def _receive(self) -> None:
         for _ in range(MESSAGES_PER_TURN):
@@ -166,8 +172,8 @@ class ControlPlane:
             while part.more:
                 part = self._pull.recv(zmq.NOBLOCK, copy=False)
                 num_bytes, num_parts = num_bytes + len(part), num_parts + 1
-            self._doorway.took(part, num_bytes, num_parts)
-            envelope = _decode(wire) if is_single else None
+            is_known = self._doorway.took(part, num_bytes, num_parts)
+            envelope = _decode(wire) if is_single and is_known else None
             if envelope is None:
                 self.malformed += 1
             else:

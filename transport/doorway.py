@@ -77,9 +77,9 @@ class Doorway:
         """Whether anybody is connected, so that `turn` is due every CHECK_MS."""
         return len(self._intake) > 0
 
-    def took(self, part: zmq.Frame, num_bytes: int, num_parts: int = 1) -> None:
-        """A whole message was taken, of which this is a part that came over the line."""
-        self._intake.took(int(part.get(zmq.SRCFD)), num_bytes, num_parts)
+    def took(self, part: zmq.Frame, num_bytes: int, num_parts: int = 1) -> bool:
+        """A whole message was taken, of which this is a part that came over the line; False if it is to be dropped."""
+        return self._intake.took(part, num_bytes, num_parts)
 
     def turn(self, is_readable: bool) -> None:
         """Lets in, counts, shuts out, and says so. After what could be received has been. is_readable: one of

@@ -15,10 +15,13 @@ each look takes a duplicate, and looks at it only if it is the very connection t
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+import zmq
 
 _BYTES_RECEIVED = struct.Struct("=128xQ")
 """tcp_info.tcpi_bytes_received of <linux/tcp.h>, since Linux 4.1."""
@@ -74,8 +77,18 @@ class Intake:
         """A connection has ended."""
         self._connections.pop(fd, None)
 
-    def took(self, fd: int, num_bytes: int, num_parts: int) -> None:
-        """A whole message of this connection was taken."""
+    def took(self, part: zmq.Frame, num_bytes: int, num_parts: int = 1) -> bool:
+        """A whole message was taken, of which this is a part that came over the line. False: it is to be dropped:
+        libzmq cannot say over which connection it came; its sender, no process of ours, speaks a ZMTP older than 3."""
+        try:
+            fd = int(part.get(zmq.SRCFD))
+        except zmq.ZMQError:
+            return False
+        self.took_from(fd, num_bytes, num_parts)
+        return True
+
+    def took_from(self, fd: int, num_bytes: int, num_parts: int) -> None:
+        """As `took`, where the connection is known."""
         self._taken[fd] = self._taken.get(fd, 0) + num_bytes + num_parts * _PART_COST_BYTES
 
     def check(self) -> int:
@@ -131,8 +144,14 @@ class Intake:
 def _duplicate(fd: int) -> Iterator[socket.socket | None]:
     """The same connection under a descriptor of our own; None if there is none (any more)."""
     try:
-        duplicate = socket.fromfd(fd, socket.AF_INET, socket.SOCK_STREAM)
+        duplicate_fd = os.dup(fd)
     except OSError:
+        yield None
+        return
+    try:
+        duplicate = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, duplicate_fd)
+    except OSError:  # no socket: the descriptor is somebody else's by now
+        os.close(duplicate_fd)
         yield None
         return
     with duplicate:

@@ -45,7 +45,7 @@ class ZmqLine:
             raise
 
     def receive(self) -> list[zmq.Frame]:
-        """The next message; at most three of its parts are kept. Raises zmq.Again if there is none."""
+        """At most three parts of the next message; none if it is to be dropped. Raises zmq.Again without one."""
         part = self.socket.recv(zmq.NOBLOCK, copy=False)
         parts, num_bytes, num_parts = [part], len(part), 1
         while part.more:
@@ -53,8 +53,7 @@ class ZmqLine:
             num_bytes, num_parts = num_bytes + len(part), num_parts + 1
             if num_parts <= 3:
                 parts.append(part)
-        self._intake.took(int(part.get(zmq.SRCFD)), num_bytes, num_parts)
-        return parts
+        return parts if self._intake.took(part, num_bytes, num_parts) else []
 
     def why_ended(self, now_s: float, is_monitored: bool) -> str | None:
         """Why the connection is over, empty where nobody says why; None while it is not."""

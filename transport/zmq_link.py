@@ -158,10 +158,10 @@ class ZmqLink:
     def _receive(self) -> None:
         for _ in range(MESSAGES_PER_TURN):
             try:
-                header, *payload = self.line.receive()
+                parts = self.line.receive()
             except zmq.Again:
                 return
-            if not self._handle(header, payload):
+            if not parts or not self._handle(parts[0], parts[1:]):
                 self.malformed += 1
 
     def _handle(self, header: zmq.Frame, payload: list[zmq.Frame]) -> bool:

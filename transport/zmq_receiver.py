@@ -118,9 +118,9 @@ class ZmqReceiver:
             num_bytes, num_parts = num_bytes + len(part), num_parts + 1
             if len(parts) < 4:
                 parts.append(part)
-        if num_parts:  # the first part is the connection's name, which did not come over the line
-            self._doorway.took(part, num_bytes, num_parts)
-        return parts
+        if not num_parts:  # only the first part, the connection's name, which did not come over the line
+            return parts
+        return parts if self._doorway.took(part, num_bytes, num_parts) else parts[:1]
 
     def _handle(self, parts: list[zmq.Frame], now_s: float) -> bool:
         """False if the message is malformed."""

@@ -28,6 +28,7 @@ from kvcache.tier import Tier, TierError
 from tests.kvcache.holder import Holder, holding
 from tests.kvcache.proxy import Proxy
 from tests.poll import until
+from tests.transport.zmtp import DEALER, ROUTER, old_greeting, part
 
 ARENA_BYTES = 64 * 45_056
 SLACK_S = 1.0
@@ -408,6 +409,26 @@ def test_garbage_is_counted_and_the_server_stays(
     dealer.send_multipart(parts)
     dealer.send(b"garbage")
     assert holder.figures()["served_sending"] == 0
+
+
+def test_an_asker_of_an_older_protocol_is_not_heard(attacked: tuple[Holder, zmq.Socket[bytes]]) -> None:
+    holder, _ = attacked
+    before = holder.server.blocks.counts.malformed
+    with socket.create_connection(("127.0.0.1", int(holder.peer.rpartition(":")[2])), timeout=5.0) as asker:
+        asker.sendall(old_greeting(DEALER) + part(hello(), more=False))
+        until(lambda: holder.server.blocks.counts.malformed > before, what="its word is dropped")
+
+
+def test_a_holder_of_an_older_protocol_is_hung_up_on() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        tier = PeersTier([address])
+        connection, _ = listener.accept()
+        with connection:
+            welcome = words.encode(words.Welcome(words.VERSION, "", 9, "token"))
+            connection.sendall(old_greeting(ROUTER) + part(welcome, more=False))
+            until(lambda: "ZMTP 3" in tier._links[address].why_down, what="the end of the connection")
+        tier.close()
 
 
 FRAMES = st.one_of(

@@ -19,12 +19,13 @@ from core.handoff import Peer
 from tests.poll import until
 from tests.transport.memory import Owned
 from tests.transport.test_control import plane
-from tests.transport.zmtp import GREETING, flood, part, ready, stranger
+from tests.transport.zmtp import GREETING, ROUTER, flood, old_greeting, part, ready, stranger
+from transport.base import TransferState
 from transport.conformance_pair import finish
 from transport.intake import Intake, IntakeLimits
 from transport.messages import MAX_MESSAGE_BYTES, Cancelled, Decline
 from transport.zmq_tcp import ZmqTransport
-from transport.zmq_wire import decode_description, encode
+from transport.zmq_wire import Welcome, decode_description, encode
 
 GIGABYTE = 1 << 30
 MAX_GROWTH_BYTES = 400 << 20
@@ -92,6 +93,23 @@ def test_a_listener_that_floods_its_caller_fails_the_zmq_endpoint() -> None:
         lie = msgspec.structs.replace(true, address=f"tcp://127.0.0.1:{port}")
         endpoint = sender.transport.connect(encode(lie))
         until(endpoint.failure, what="the endpoint fails")
+        endpoint.close()
+    sender.transport.close()
+
+
+def test_a_listener_of_an_older_protocol_is_not_heard() -> None:
+    zmq = ZmqTransport("127.0.0.1")
+    sender = Owned(zmq, fill=3)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        true = decode_description(sender.transport.describe())
+        lie = msgspec.structs.replace(true, address=f"tcp://127.0.0.1:{listener.getsockname()[1]}")
+        endpoint = sender.transport.connect(encode(lie))
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(old_greeting(ROUTER) + part(encode(Welcome()), more=False))
+            until(lambda: zmq.malformed == 1, what="its word is dropped")
+            transfer = endpoint.write("t", sender.blocks([0]), sender.blocks([0]), b".")
+        finish(transfer, state=TransferState.FAILED)
         endpoint.close()
     sender.transport.close()
 
@@ -178,7 +196,7 @@ def test_the_intake_cuts_who_is_too_far_ahead_and_nobody_else(connected: Any) ->
     for _ in range(10):  # takes what comes: never too far ahead
         slow.sendall(b"x" * 5000)
         until(lambda: len(near_slow.recv(5000)) > 0)
-        intake.took(near_slow.fileno(), 5000, 1)
+        intake.took_from(near_slow.fileno(), 5000, 1)
         assert intake.check() == 0
     quick.sendall(b"x" * 10_001)
     until(lambda: intake.check() == 1, what="it is cut")
@@ -186,6 +204,18 @@ def test_the_intake_cuts_who_is_too_far_ahead_and_nobody_else(connected: Any) ->
     assert quick.recv(1) == b"", "its connection is shut"
     slow.sendall(b"still open")
     assert near_slow.recv(100)
+
+
+def test_a_descriptor_that_is_no_connection_by_now_is_left_alone(tmp_path: Path) -> None:
+    intake = Intake(1, IntakeLimits(10_000, 1_000_000))
+    with (tmp_path / "file").open("wb") as file:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(10):
+            intake.opened(file.fileno())
+            intake.check()
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(intake) == 0
+        file.write(b"still open")
 
 
 def test_the_intake_bounds_all_together_and_the_number_of_connections(connected: Any) -> None:

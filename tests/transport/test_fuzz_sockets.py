@@ -17,7 +17,7 @@ from tests.poll import until
 from tests.transport.fuzzing import FUZZ, MUTATIONS, mutated
 from tests.transport.memory import Owned
 from tests.transport.test_control import Heard
-from tests.transport.zmtp import GREETING, part, ready
+from tests.transport.zmtp import DEALER, GREETING, PUSH, old_greeting, part, ready
 from transport.conformance_pair import finish
 from transport.control import ControlPlane, Identity
 from transport.keys import Keys, make_keys, read_keys
@@ -43,14 +43,10 @@ class Sockets:
         self.ports = [int(each.rpartition(":")[2]) for each in (self.plane.address, description.address)]
         word = encode(Cancelled("1"), Peer("x", "tcp://h:1", "x"), "print")
         data = encode_frame(Data(0, "open", 0, [1], 0, 4096))
-        self.proper = [
-            GREETING + ready(b"PUSH") + part(word, more=False),
-            GREETING
-            + ready(b"DEALER")
-            + part(encode_frame(Hello(description.token)), more=False)
-            + part(data, more=True)
-            + part(b"\x07" * 4096, more=False),
-        ]
+        hello = part(encode_frame(Hello(description.token)), more=False)
+        told = [part(word, more=False), hello + part(data, more=True) + part(b"\x07" * 4096, more=False)]
+        self.proper = [GREETING + ready(kind) + each for kind, each in zip((b"PUSH", b"DEALER"), told, strict=True)]
+        self.old = [old_greeting(kind) + each for kind, each in zip((PUSH, DEALER), told, strict=True)]
 
     def send(self, which: int, content: bytes) -> None:
         address = ("127.0.0.1", self.ports[which])
@@ -107,6 +103,24 @@ def test_a_proper_conversation_with_some_bytes_changed(
     sockets: Sockets, which: int, changes: list[tuple[int, int]], end: int
 ) -> None:
     sockets.send(which, mutated(sockets.proper[which], changes, end))
+
+
+@FUZZ
+@given(which=st.integers(0, 1), changes=MUTATIONS, end=st.integers(0, 1 << 16))
+def test_a_conversation_of_an_older_protocol_with_some_bytes_changed(
+    sockets: Sockets, which: int, changes: list[tuple[int, int]], end: int
+) -> None:
+    sockets.send(which, mutated(sockets.old[which], changes, end))
+
+
+def test_who_speaks_an_older_protocol_is_not_heard(sockets: Sockets) -> None:
+    """Of those libzmq does not say over which connection they came, so nobody could be held to account."""
+    heard = len(sockets.heard.envelopes)
+    for which, content in enumerate(sockets.old):
+        sockets.send(which, content)
+    sockets.check_serve()
+    assert len(sockets.heard.envelopes) == heard + 1, "only the proper one"
+    assert sockets.receiver.block(1) == bytes(4096)
 
 
 def test_parts_that_claim_to_be_huge_and_commands_that_claim_nonsense(sockets: Sockets) -> None:

@@ -1,11 +1,17 @@
-"""ZMTP 3.0 by hand, for tests: a stranger that speaks just enough of it to be heard, and then goes wrong."""
+"""ZMTP by hand, for tests: a stranger that speaks just enough of it to be heard, and then goes wrong."""
 
 from __future__ import annotations
 
 import socket
 import struct
 
+PUSH, DEALER, ROUTER = 8, 5, 6
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
+
+
+def old_greeting(kind: int) -> bytes:
+    """Of ZMTP 2.0: the socket's number instead of a handshake, and an empty name; messages may come at once."""
+    return b"\xff" + bytes(7) + b"\x01\x7f\x01" + bytes([kind]) + bytes(2)
 
 
 def ready(kind: bytes) -> bytes:
