@@ -21,7 +21,8 @@ from benchmarks.kv_pool import Pool
 from benchmarks.mover import WAIT_S, Ground, Job
 from core.errors import TransferError
 from transport.base import Region
-from transport.regions import Span, copy_pairs
+from transport.copying import copy_pairs
+from transport.regions import Span
 from transport.zmq_wire import FRAME_BYTES
 
 _IN_FLIGHT = 8

@@ -20,9 +20,10 @@ from collections.abc import Sequence
 import msgspec
 
 from core.errors import TransferError
+from transport.copying import copy_pairs
 from transport.cuda_ipc_device import Exported, Moment
 from transport.mapping import Mapping, make_memfd, map_foreign
-from transport.regions import Span, copy_pairs
+from transport.regions import Span
 
 DEVICE_NAME = "host memory"
 _POLL_S = 0.02

@@ -17,7 +17,8 @@ import msgspec
 from core.clock import Clock, SystemClock
 from core.errors import ConfigError, TransferError
 from transport.base import Blocks, Endpoint, Landing, Memory, Region, Transfer, TransferState, Transport
-from transport.regions import Span, copy_pairs, resolve
+from transport.copying import copy_pairs
+from transport.regions import Span, resolve
 from transport.scratch import SCRATCH_REGION
 from transport.transfer import JoinedTransfer, SettledTransfer
 

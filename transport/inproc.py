@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 from core.errors import TransferError
 from transport.base import Blocks, Memory, Region
+from transport.copying import copy_pairs
 from transport.landing import CountedLanding, Inbox
-from transport.regions import check_pairing, check_region, check_words, copy_pairs, resolve
+from transport.regions import check_pairing, check_region, check_words, resolve
 from transport.transfer import SettledTransfer
 
 _transports: dict[bytes, InprocTransport] = {}

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from transport.base import Region, TransferState
+from transport.copying import copy_pairs
 from transport.frames import FRAME_BYTES, Ask, Data, Notice, Piece, cut
-from transport.regions import Span, copy_pairs, is_run, view
+from transport.regions import Span, is_run, view
 
 
 class Task(NamedTuple):

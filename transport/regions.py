@@ -1,8 +1,8 @@
-"""Registered memory, seen as spans: checks block lists against it and copies between two of them.
+"""Registered memory, seen as spans: checks block lists against it.
 
 Memory model: a `Span` is one byte range inside every block of a region. Nothing here owns memory; addresses are raw,
 so every block list passes `resolve` before its addresses are used.
-Threading: pure functions; large pieces are copied outside the interpreter lock (ctypes releases it).
+Threading: pure functions.
 """
 
 from __future__ import annotations
@@ -11,20 +11,16 @@ import ctypes
 import functools
 import itertools
 import operator
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
 
 from core.errors import TransferError
 from transport.base import Blocks, Region
-from transport.runs import runs
 
 MAX_TAG_CHARACTERS = 1024
 MAX_NOTICE_BYTES = 16 << 10
-
-LARGEST_ASSIGNED_BYTES = 32 << 10
-FEWEST_ASSIGNED = 4
 
 
 class Span(NamedTuple):
@@ -107,36 +103,6 @@ def part_of(region: Region, start: int, num_bytes: int) -> Region:
 def is_run(ids: Sequence[int]) -> bool:
     """Whether the ids count up by one."""
     return all(right - left == 1 for left, right in itertools.pairwise(ids))
-
-
-def copy_pairs(source: Span, source_ids: Sequence[int], target: Span, target_ids: Sequence[int]) -> None:
-    """Copies block by block, or run by run where both sides are dense and consecutive.
-
-    Many small pieces are assigned between two views, which costs half of a foreign call per piece; large ones are
-    copied by foreign calls, outside the interpreter lock.
-    """
-    if len(source_ids) != len(target_ids):
-        raise ValueError(f"{len(source_ids)} pieces cannot be copied to {len(target_ids)} places")
-    size, from_stride, to_stride = source.num_bytes, source.region.stride, target.region.stride
-    pieces: Iterable[tuple[int, int, int]] = zip(source_ids, target_ids, itertools.repeat(1))
-    may_join = len(source_ids) > 1 and source.is_dense() and target.is_dense()
-    if may_join and known_ids(tuple(source_ids)).may_have_run and known_ids(tuple(target_ids)).may_have_run:
-        pieces = runs(source_ids, target_ids)
-    if size > LARGEST_ASSIGNED_BYTES or len(source_ids) < FEWEST_ASSIGNED:
-        from_start, to_start = source.address(0), target.address(0)
-        for from_id, to_id, count in pieces:
-            ctypes.memmove(to_start + to_id * to_stride, from_start + from_id * from_stride, count * size)
-        return
-    from_bytes, to_bytes = known_view(*_extent(source)), known_view(*_extent(target))
-    for from_id, to_id, count in pieces:
-        from_at, to_at, num_bytes = from_id * from_stride, to_id * to_stride, count * size
-        to_bytes[to_at : to_at + num_bytes] = from_bytes[from_at : from_at + num_bytes]
-
-
-def _extent(span: Span) -> tuple[int, int]:
-    """Address and bytes from the span in the first block to its end in the last one."""
-    region = span.region
-    return region.address + span.start, (region.num_blocks - 1) * region.stride + span.num_bytes
 
 
 def view(address: int, num_bytes: int) -> memoryview:

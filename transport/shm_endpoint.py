@@ -17,8 +17,8 @@ from collections.abc import Mapping
 
 from core.errors import TransferError
 from transport.base import Blocks, Region, Transfer, TransferState
+from transport.copying import copy_pairs, plan_of
 from transport.order import Order, order_read, order_write
-from transport.regions import check_pairing, copy_pairs, resolve
 from transport.shm_link import ShmLink
 from transport.shm_listener import ShmListener
 from transport.shm_wire import Finished, ShmDescription
@@ -108,9 +108,13 @@ class ShmEndpoint:
             link = self._link
             if link is None or not self._is_ready or self._waiting or not link.owner.has_announced(tag):
                 return False
-            source, target = resolve(self._regions, local, "local"), resolve(link.regions, remote, "remote")
-            check_pairing(local, source, remote, target)
-            copy_pairs(source, local.ids, target, remote.ids)
+            source, target = self._regions.get(local.region), link.regions.get(remote.region)
+            if source is None or target is None:
+                return False
+            plan = plan_of(source, local, target, remote)
+            if plan is None:
+                return False
+            plan.carry_out(source.address + local.start, target.address + remote.start)
             return True
 
     def _start(self, order: Order) -> ShmTransfer:

@@ -1,0 +1,86 @@
+"""Copies between block lists: every pair in its place, whatever runs the ids form and however large a piece is."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transport.base import Blocks, Region
+from transport.copying import LARGEST_ASSIGNED_BYTES, MAX_PIECES_KEPT, copy_pairs, plan_of
+from transport.regions import Span
+
+NUM_BLOCKS = 12
+ids = st.lists(st.integers(0, NUM_BLOCKS - 1), unique=True, max_size=NUM_BLOCKS)
+
+
+@given(ids, ids, st.sampled_from([(8, 8), (8, 11), (LARGEST_ASSIGNED_BYTES + 8, LARGEST_ASSIGNED_BYTES + 8)]))
+def test_every_pair_is_copied_and_nothing_else(left: list[int], right: list[int], sizes: tuple[int, int]) -> None:
+    count = min(len(left), len(right))
+    source_ids, target_ids = tuple(left[:count]), tuple(right[:count])
+    size, stride = sizes
+    source = ctypes.create_string_buffer(b"".join(bytes([65 + index]) * stride for index in range(NUM_BLOCKS)))
+    target = ctypes.create_string_buffer(b"." * (NUM_BLOCKS * stride))
+    spans = [
+        Span(Region(0, ctypes.addressof(memory), size, stride, NUM_BLOCKS), 0, size) for memory in (source, target)
+    ]
+    copy_pairs(spans[0], source_ids, spans[1], target_ids)
+    expected = bytearray(b"." * (NUM_BLOCKS * stride))
+    for source_id, target_id in zip(source_ids, target_ids, strict=True):
+        expected[target_id * stride : target_id * stride + size] = bytes([65 + source_id]) * size
+    assert target.raw[:-1] == bytes(expected)
+
+
+@pytest.mark.parametrize("count", [1, 4, MAX_PIECES_KEPT + 1])
+def test_unequal_lists_are_copied_not_even_in_part(count: int) -> None:
+    memory = ctypes.create_string_buffer(b"ab" * (MAX_PIECES_KEPT + 8))
+    span = Span(Region(0, ctypes.addressof(memory), 2, 2, MAX_PIECES_KEPT + 8), 0, 2)
+    before = memory.raw
+    with pytest.raises(ValueError, match="cannot be copied"):
+        copy_pairs(span, range(count), span, range(2, count + 3))
+    assert memory.raw == before
+
+
+def test_more_pieces_than_are_remembered_are_copied_too() -> None:
+    count = MAX_PIECES_KEPT + 10
+    source, target = (ctypes.create_string_buffer(bytes([fill]) * count) for fill in (7, 0))
+    spans = [Span(Region(0, ctypes.addressof(memory), 1, 1, count), 0, 1) for memory in (source, target)]
+    numbers = range(0, count, 2)
+    copy_pairs(spans[0], [*numbers, *range(1, count, 2)][: count - 3], spans[1], range(count - 3))
+    assert target.raw[:-1] == b"\x07" * (count - 3) + bytes(3)
+
+
+def test_one_plan_serves_every_layer_and_each_range_inside_the_blocks() -> None:
+    layers = [ctypes.create_string_buffer(bytes(range(16 * layer, 16 * layer + 16))) for layer in range(3)]
+    target = ctypes.create_string_buffer(bytes(32))
+    there = Region(9, ctypes.addressof(target), 4, 8, 4)
+    for layer, memory in enumerate(layers):
+        here = Region(layer, ctypes.addressof(memory), 4, 4, 4)
+        local, remote = Blocks(layer, (2, 0), 1, 2), Blocks(9, (1, 3), 2)
+        plan = plan_of(here, local, there, remote)
+        assert plan is not None
+        plan.carry_out(here.address + local.start, there.address + remote.start)
+        of_layer = bytes(range(16 * layer, 16 * layer + 16))
+        expected = bytearray(32)
+        expected[10:12], expected[26:28] = of_layer[9:11], of_layer[1:3]
+        assert target.raw[:-1] == bytes(expected)
+
+
+@pytest.mark.parametrize(
+    ("local", "remote"),
+    [
+        (Blocks(0, (0, NUM_BLOCKS)), Blocks(0, (0, 1))),
+        (Blocks(0, (0, 1)), Blocks(0, (0, -1))),
+        (Blocks(0, (0, 1)), Blocks(0, (0,))),
+        (Blocks(0, (0, 1), 4), Blocks(0, (0, 1))),
+        (Blocks(0, (0, 1), 8), Blocks(0, (0, 1), 8)),
+        (Blocks(0, (0,), -1, 4), Blocks(0, (0,), 0, 4)),
+    ],
+)
+def test_what_does_not_fit_has_no_plan_also_when_asked_again(local: Blocks, remote: Blocks) -> None:
+    region = Region(0, 4096, 8, 8, NUM_BLOCKS)
+    for _ in range(2):
+        assert plan_of(region, local, region, remote) is None
+    assert plan_of(region, Blocks(0, (0, 1)), region, Blocks(0, (2, 3))) is not None
