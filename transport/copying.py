@@ -4,8 +4,9 @@
 
 A model has a write per layer, all of the same blocks, so what surrounds a copy counts.
 
-Memory model: addresses are raw: only what `transport.regions.resolve` let pass comes here. The plans of the last
-PLANS_KEPT hand-offs are kept, of at most MAX_PIECES_KEPT pieces each (0.3 kB per piece).
+Memory model: addresses are raw: only what `transport.regions.resolve` let pass comes here. The last
+PLANS_KEPT plans are kept, each of at most MAX_PIECES_KEPT pieces (0.3 kB per piece, so 20 MB at the very most);
+longer lists have several.
 Threading: pure functions. Small pieces are assigned between two views, under the interpreter's lock, at a third of what
 a foreign call costs; large ones are copied by foreign calls, outside of it.
 """
@@ -26,8 +27,9 @@ from transport.runs import runs
 LARGEST_ASSIGNED_BYTES = 256 << 10
 """Some 50 us, for which no other thread of the process runs Python."""
 
-MAX_PIECES_KEPT = 1024
-PLANS_KEPT = 32
+MAX_PIECES_KEPT = 512
+PLANS_KEPT = 128
+"""The hand-offs of one forward pass write by turns, layer by layer: as many as there may be."""
 
 
 class CopyPlan(NamedTuple):
@@ -51,7 +53,7 @@ class CopyPlan(NamedTuple):
 
 def plan_of(source: Region, local: Blocks, target: Region, remote: Blocks) -> CopyPlan | None:
     """What copies these blocks of one region to those of another. None if they do not fit, which `resolve` and
-    `check_pairing` explain, or are too many to be remembered."""
+    `check_pairing` explain, or are too many for one plan."""
     if len(local.ids) > MAX_PIECES_KEPT:
         return None
     return _known_fitting_plan(
@@ -66,9 +68,11 @@ def copy_pairs(source: Span, source_ids: Sequence[int], target: Span, target_ids
     """Copies block by block, or run by run where both sides are dense and consecutive."""
     if len(source_ids) != len(target_ids):
         raise ValueError(f"{len(source_ids)} pieces cannot be copied to {len(target_ids)} places")
-    make = _known_plan if len(source_ids) <= MAX_PIECES_KEPT else _plan
     sides = [_Side(span.num_bytes, span.region.stride, span.region.num_blocks) for span in (source, target)]
-    make(tuple(source_ids), tuple(target_ids), *sides).carry_out(source.address(0), target.address(0))
+    for at in range(0, len(source_ids), MAX_PIECES_KEPT):
+        some = slice(at, at + MAX_PIECES_KEPT)
+        plan = _plan(tuple(source_ids[some]), tuple(target_ids[some]), *sides)
+        plan.carry_out(source.address(0), target.address(0))
 
 
 class _Side(NamedTuple):
@@ -100,6 +104,7 @@ def _known_fitting_plan(
     return _plan(source_ids, target_ids, *sides)
 
 
+@functools.lru_cache(maxsize=PLANS_KEPT)
 def _plan(source_ids: tuple[int, ...], target_ids: tuple[int, ...], source: _Side, target: _Side) -> CopyPlan:
     size, slices, moves = source.num_bytes, [], []
     for from_id, to_id, count in _pieces(source_ids, target_ids, source, target):
@@ -109,9 +114,6 @@ def _plan(source_ids: tuple[int, ...], target_ids: tuple[int, ...], source: _Sid
         else:
             slices.append((slice(from_at, from_at + num_bytes), slice(to_at, to_at + num_bytes)))
     return CopyPlan(slices, moves, source.extent(), target.extent())
-
-
-_known_plan = functools.lru_cache(maxsize=PLANS_KEPT)(_plan)
 
 
 def _pieces(
