@@ -97,20 +97,14 @@ def test_random_bytes_at_the_sockets(sockets: Sockets, which: int, content: byte
     sockets.send(which, content)
 
 
+@pytest.mark.parametrize("protocol", ["ours", "older"])
 @FUZZ
 @given(which=st.integers(0, 1), changes=MUTATIONS, end=st.integers(0, 1 << 16))
 def test_a_proper_conversation_with_some_bytes_changed(
-    sockets: Sockets, which: int, changes: list[tuple[int, int]], end: int
+    sockets: Sockets, protocol: str, which: int, changes: list[tuple[int, int]], end: int
 ) -> None:
-    sockets.send(which, mutated(sockets.proper[which], changes, end))
-
-
-@FUZZ
-@given(which=st.integers(0, 1), changes=MUTATIONS, end=st.integers(0, 1 << 16))
-def test_a_conversation_of_an_older_protocol_with_some_bytes_changed(
-    sockets: Sockets, which: int, changes: list[tuple[int, int]], end: int
-) -> None:
-    sockets.send(which, mutated(sockets.old[which], changes, end))
+    told = sockets.proper if protocol == "ours" else sockets.old
+    sockets.send(which, mutated(told[which], changes, end))
 
 
 def test_who_speaks_an_older_protocol_is_not_heard(sockets: Sockets) -> None:
