@@ -71,7 +71,8 @@ class CountedLanding:
         self._positions = positions
         self._spans = spans
         self._pieces: dict[tuple[int, int], Pieces] = {}
-        self._summands: dict[tuple[int, int], int] = {}
+        self._summands: dict[int, dict[int, int]] = {region_id: {} for region_id in positions}
+        self._num_written = 0
         self._sum: int | None = 0 if is_digested else None
         self._notices: collections.deque[bytes] = collections.deque()
         self._num_held = 0
@@ -84,7 +85,7 @@ class CountedLanding:
 
     def num_written(self) -> int | None:
         with self._inbox.lock:
-            return len(self._summands)
+            return self._num_written
 
     def digest(self) -> int | None:
         with self._inbox.lock:
@@ -95,7 +96,7 @@ class CountedLanding:
 
     def has_writer(self) -> bool:
         with self._inbox.lock:
-            return bool(self._summands or self._pieces)
+            return bool(self._num_written or self._pieces)
 
     def close(self) -> bool:
         self._inbox.shut(self._tag, self)
@@ -132,30 +133,35 @@ class CountedLanding:
         region, expected = span.region, self._spans[span.region.id]
         is_whole = _lies_in(expected, span)
         complete = block_ids if is_whole else [each for each in block_ids if self._is_complete(span, each)]
+        known = self._summands[region.id]
+        self._num_written -= len(known)
         if self._sum is None:
-            self._summands.update({(region.id, block_id): 0 for block_id in complete})
+            known.update(dict.fromkeys(complete, 0))
         else:
-            self._sum = (self._sum + self._change(region, complete)) & _MASK
+            self._sum = (self._sum + self._change(region, complete, known)) & _MASK
+        self._num_written += len(known)
         if self._pieces:
             for block_id in complete:
                 self._pieces.pop((region.id, block_id), None)
 
-    def _change(self, region: Region, complete: Sequence[int]) -> int:
-        """By how much these blocks change the sum."""
+    def _change(self, region: Region, complete: Sequence[int], known: dict[int, int]) -> int:
+        """By how much these blocks change the sum. known: summands by block, brought up to date."""
         change, expected = 0, self._spans[region.id]
         memory = known_view(region.address, (region.num_blocks - 1) * region.stride + region.block_bytes)
         positions, stride, size = self._positions[region.id], region.stride, expected.num_bytes
         for block_id in complete:
-            pair, at = (region.id, block_id), block_id * stride + expected.start
+            at = block_id * stride + expected.start
             summand = bytes_digest(memory[at : at + size], region.id, positions[block_id])
-            change += summand - self._summands.get(pair, 0)
-            self._summands[pair] = summand
+            if block_id in known:
+                change -= known[block_id]
+            known[block_id] = summand
+            change += summand
         return change
 
     def _is_complete(self, span: Span, block_id: int) -> bool:
         """Adds a part of a block; whether all its expected parts are there now."""
         pair, expected = (span.region.id, block_id), self._spans[span.region.id]
-        if pair in self._summands:
+        if block_id in self._summands[span.region.id]:
             return True
         pieces = self._pieces.setdefault(pair, Pieces())
         pieces.add(span.start, span.start + span.num_bytes)

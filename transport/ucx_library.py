@@ -36,6 +36,9 @@ _FIXED = frozenset({"RNDV_SCHEME"})
 """What even the user's environment does not change: UCX 1.21 crashes where a peer dies in the middle of a rendezvous
 over TCP, which this scheme rules out."""
 
+_PATH_SETTINGS = ("TLS", "NET_DEVICES", "RNDV_THRESH", "TCP_TX_SEG_SIZE", "TCP_RX_SEG_SIZE")
+"""What decides how a payload travels; where the user has set one, a rendezvous is possible."""
+
 _spare: dict[tuple[tuple[str, str], ...], list[Any]] = {}
 _spare_lock = threading.Lock()
 
@@ -75,12 +78,14 @@ def make_current(device: int) -> None:
 
 
 class Lease:
-    """A context of the library, for one transport. Raises ConfigError if the host is not ours."""
+    """A context of the library, for one transport. is_tcp_alone: every payload comes as one segment over TCP, so none
+    by a rendezvous. Raises ConfigError if the host is not ours."""
 
     def __init__(self, host: str) -> None:
         own = {
             name: value for name, value in _settings(host).items() if name in _FIXED or f"UCX_{name}" not in os.environ
         }
+        self.is_tcp_alone = not _rdma_ports() and not any(f"UCX_{name}" in os.environ for name in _PATH_SETTINGS)
         self._key = tuple(sorted(own.items()))
         with _spare_lock:
             spare = _spare.setdefault(self._key, [])

@@ -171,9 +171,13 @@ class UcxLink:
             self.fail(f"{address} has answered nothing for {ANSWER_TIMEOUT_S:.0f} s, with frames under way")
 
     def _send(self, line: _Line, peer: UcxPeer) -> None:
+        """Fills the window: first every frame, so that the receiver can ask for the payloads ahead, then payload by
+        payload as it is gathered, so that the first travels while the next are being copied."""
+        payloads: list[tuple[int, PiecewiseTransfer, Piece]] = []
         while self._orders.queue and not self._window.is_full():
             transfer = self._orders.queue[0]
-            taken = transfer.take(self._window.next_number)
+            number = self._window.next_number
+            taken = transfer.take(number)
             if taken is None:
                 self._orders.queue.popleft()
                 transfer.end_if_answered()
@@ -181,11 +185,12 @@ class UcxLink:
             piece, frame = taken
             peer.say(frame)
             if piece is not None and not transfer.is_read():
-                line.payloads.append((self._window.next_number, line.gather(self._window.next_number, transfer, piece)))
+                payloads.append((number, transfer, piece))
             self._window.add(_Sent(transfer, piece, FRAME_COST_BYTES + (payload_bytes(piece) if piece else 0)))
         peer.flush()
-        while line.payloads:
-            peer.send_payload(*line.payloads.popleft())
+        for number, transfer, piece in payloads:
+            peer.send_payload(number, line.gather(number, transfer, piece))
+            line.worker.advance()
 
     def _answered(self, number: int, why_not: str = "") -> bool:
         sent = self._window.take(number)
@@ -243,7 +248,6 @@ class _Line:
         self.socket = socket
         self.peer: UcxPeer | None = None
         self.answers: collections.deque[tuple[int, _Sent]] = collections.deque()
-        self.payloads: collections.deque[tuple[int, memoryview]] = collections.deque()
         self.buffers = FrameBuffers()
         self.why_unfilled = ""
         self._id = id_

@@ -1,10 +1,13 @@
 """The receiving side of the ucx transport: checks every frame, puts its payload in place, answers it.
 
-    frames ──▶ malformed? hung up on     unknown tag? parked, 2 s at most     else, once its payload is here: applied
-    payload (in UCX's memory) ──▶ received straight into the blocks where they lie together, else through a copy
+    frames ──▶ malformed? hung up on     unknown tag? parked, 2 s at most     else: applied, with its payload
+    payload ──▶ blocks lie apart: into a room asked for ahead (transport/ucx_rooms.py), and from there into the blocks
+            ──▶ they lie together: once it is here, straight from UCX's memory into the blocks
 
-Memory model: over TCP a payload is here whole before it is received: receiving it is one copy under the inbox's lock.
-RDMA and GPU memory are written by the library itself: such a receive is held in its landing until it has ended.
+Memory model: a room belongs to nobody's blocks, so a landing may close while one is being filled; what came is put in
+place only if the landing is still open then, under the inbox's lock. A payload that goes straight into the blocks is
+here whole before it is received (TCP), which is one copy under that lock; RDMA and GPU memory are written by the
+library itself, and such a receive is held in its landing until it has ended.
 UCX keeps payloads until they are received: those of parked frames are counted, and at most a window per peer of ours.
 Threading: the I/O thread alone; the inbox is shared with the engine's thread under its lock.
 """
@@ -22,6 +25,7 @@ from transport.landing import CountedLanding, Inbox
 from transport.parking import PARKING_TIMEOUT_S, Parking
 from transport.pieces import gather, lie_together, scatter
 from transport.regions import Span, resolve
+from transport.ucx_rooms import Room, Rooms
 from transport.ucx_socket import UcxSocket
 from transport.ucx_wire import (
     MAX_FRAMES_IN_FLIGHT,
@@ -31,9 +35,10 @@ from transport.ucx_wire import (
     Welcome,
     decode_to_receiver,
     is_proven,
+    payload_tag,
     welcome,
 )
-from transport.ucx_worker import UcxPeer, UcxWorker, array, failure_of, place
+from transport.ucx_worker import UcxPeer, UcxWorker, failure_of, place
 
 GREETING_TIMEOUT_S = 5.0
 PAYLOAD_TIMEOUT_S = 10.0
@@ -41,6 +46,8 @@ PAYLOAD_TIMEOUT_S = 10.0
 
 MAX_WAITING_FRAMES = 4 * MAX_FRAMES_IN_FLIGHT
 MAX_RUNNING = 16
+ACKS_PER_WORD = 4
+WRONG_SIZE = "the payload has another size than its frame says"
 _PARKED_COST_BYTES = 512
 
 
@@ -61,13 +68,12 @@ class _Parked(NamedTuple):
 
 
 class _Running(NamedTuple):
-    """A payload that is being received. landing, span: None for one that nobody wants."""
+    """A payload that is being received: into a room, or straight into a landing's blocks, or away (neither)."""
 
     frame: Data
     request: Any
-    landing: CountedLanding | None
-    span: Span | None
-    copy: memoryview | None
+    room: Room | None = None
+    landing: CountedLanding | None = None
 
 
 class UcxReceiver:
@@ -80,19 +86,7 @@ class UcxReceiver:
         self.inbox = inbox
         self.parking: Parking[_Parked] = Parking()
         self.malformed = 0
-        self._room = bytearray()
-
-    def take_room(self, num_bytes: int) -> memoryview:
-        """Room for a payload that is received through a copy: mostly the same, as a receive over TCP ends at once."""
-        room, self._room = self._room, bytearray()
-        if len(room) < num_bytes:
-            room = bytearray(MAX_MESSAGE_BYTES)
-        return memoryview(room)[:num_bytes]
-
-    def return_room(self, room: memoryview) -> None:
-        """Nobody needs it any more."""
-        if isinstance(room.obj, bytearray):
-            self._room = room.obj
+        self.rooms = Rooms()
 
     def is_early(self, tag: str) -> bool:
         """Whether nobody expects this tag, nor has lately. Under the inbox's lock."""
@@ -118,7 +112,7 @@ class UcxCaller:
         self._id = id_
         self._deadline_s = deadline_s
         self._peer: UcxPeer | None = None
-        self._running: collections.deque[_Running] = collections.deque()
+        self._running: list[_Running] = []
         self._acks: list[int] = []
 
     def is_greeted(self) -> bool:
@@ -152,14 +146,21 @@ class UcxCaller:
             return
         if self._peer.failure():
             raise TransferError(self._peer.failure())
-        has_moved = self._finish()
-        while self.waiting and self._take(self._peer, *self.waiting[0], now_s):
+        has_moved = False
+        while self._step(self._peer, now_s):
             has_moved = True
         if has_moved or not (self.waiting or self._running):
             self._deadline_s = now_s + PAYLOAD_TIMEOUT_S
         elif now_s > self._deadline_s:
             raise TransferError(f"a payload did not come within {PAYLOAD_TIMEOUT_S:.0f} s")
         self._flush(self._peer)
+
+    def _step(self, peer: UcxPeer, now_s: float) -> bool:
+        """Ends what has been received, then begins what can be; whether there was anything."""
+        has_moved = self._finish()
+        while self.waiting and self._take(peer, *self.waiting[0], now_s):
+            has_moved = True
+        return has_moved
 
     def refuse(self, why: str) -> None:
         """Tells the other end why it is hung up on, if it was not greeted yet."""
@@ -216,10 +217,33 @@ class UcxCaller:
         self._settle(peer, frame.number, why)
 
     def _begin(self, peer: UcxPeer, frame: Data) -> bool:
-        """Begins to receive a payload, and mostly ends it at once; False if it is not here yet."""
-        receiver = self._receiver
+        """Begins to receive a payload; False if it must wait."""
         if len(self._running) >= MAX_RUNNING:
             return False
+        return self._receive_ahead(peer, frame) or self._receive_arrived(peer, frame)
+
+    def _receive_ahead(self, peer: UcxPeer, frame: Data) -> bool:
+        """Asks for a payload that may not be here yet, if it is one for a room."""
+        receiver = self._receiver
+        if not receiver.worker.is_tcp_alone:
+            return False
+        try:
+            span = resolve(receiver.regions, blocks_of(frame), "own")
+        except TransferError:
+            return False
+        if span.region.device is not None or lie_together(span, frame.ids):
+            return False
+        room = receiver.rooms.lend_ahead(len(frame.ids) * frame.num_bytes)
+        if room is None:
+            return False
+        request = peer.receive_ahead(payload_tag(self._id, frame.number), room.array)
+        self._running.append(_Running(frame, request, room))
+        return True
+
+    def _receive_arrived(self, peer: UcxPeer, frame: Data) -> bool:
+        """Receives a payload that is here (or, where it waits at its sender, announced): straight into the blocks where
+        they lie together. False if it is not."""
+        receiver = self._receiver
         num_bytes = receiver.worker.arrived(self._id, frame.number)
         if num_bytes is None:
             return False
@@ -227,16 +251,22 @@ class UcxCaller:
             landing = receiver.inbox.find(frame.tag)
             span, why = self._span(frame, landing, num_bytes)
             if landing is None or span is None:
-                running = _Running(frame, receiver.worker.discard(self._id, frame.number), None, None, None)
                 self._settle(peer, frame.number, why)
+                self._running.append(_Running(frame, receiver.worker.discard(self._id, frame.number)))
+            elif lie_together(span, frame.ids):
+                landing.hold()
+                into = place(span.address(frame.ids[0]), num_bytes)
+                request = receiver.worker.receive(self._id, frame.number, into)
+                self._running.append(_Running(frame, request, landing=landing))
+                self._finish()  # over TCP, so that nothing is written under the tag once the lock is free
             else:
-                running = self._receive(frame, landing, span)
-            self._running.append(running)
-            self._finish()
+                room = receiver.rooms.lend(num_bytes)
+                request = receiver.worker.receive(self._id, frame.number, room.array)
+                self._running.append(_Running(frame, request, room))
         return True
 
     def _span(self, frame: Data, landing: CountedLanding | None, num_bytes: int) -> tuple[Span | None, str]:
-        """Where a payload belongs, or why it belongs nowhere."""
+        """Where a payload belongs, or why it belongs nowhere. Under the inbox's lock."""
         if landing is None:
             return None, f"nothing is expected under tag {frame.tag!r}"
         try:
@@ -246,43 +276,56 @@ class UcxCaller:
             return None, str(error)
         if num_bytes != len(frame.ids) * frame.num_bytes or num_bytes > MAX_MESSAGE_BYTES:
             self._receiver.malformed += 1
-            return None, "the payload has another size than its frame says"
+            return None, WRONG_SIZE
         if span.region.device is not None and not lie_together(span, frame.ids):
             return None, "blocks that lie apart in a GPU's memory must come one by one"
         why = landing.refusal(frame.region, frame.ids, span)
         return (None if why else span), why
 
-    def _receive(self, frame: Data, landing: CountedLanding, span: Span) -> _Running:
-        """Under the inbox's lock."""
-        landing.hold()
-        num_bytes = len(frame.ids) * span.num_bytes
-        copy = None if lie_together(span, frame.ids) else self._receiver.take_room(num_bytes)
-        into = place(span.address(frame.ids[0]), num_bytes) if copy is None else array(copy)
-        return _Running(frame, self._receiver.worker.receive(self._id, frame.number, into), landing, span, copy)
-
     def _finish(self) -> bool:
         """Counts and answers what has been received; whether there was anything."""
-        has_moved = False
-        while self._running and self._running[0].request.completed:
-            running = self._running.popleft()
-            has_moved = True
-            if running.landing is None or running.span is None:
-                continue
-            why = failure_of(running.request)
-            with self._receiver.inbox.lock:
-                is_open = self._receiver.inbox.find(running.frame.tag) is running.landing
-                if not is_open:
-                    why = why or f"nothing is expected under tag {running.frame.tag!r} any more"
-                if not why and running.copy is not None:
-                    scatter(running.copy, running.span, running.frame.ids)
-                if not why:
-                    running.landing.record(running.span, running.frame.ids)
-                running.landing.release()
-            if running.copy is not None:
-                self._receiver.return_room(running.copy)
+        ended: list[_Running] = []
+        still: list[_Running] = []
+        for running in self._running:
+            (ended if running.request.completed else still).append(running)
+        self._running = still
+        for running in ended:
+            if running.room is not None:
+                why = self._put_in_place(running.frame, running.room, failure_of(running.request))
+                self._receiver.rooms.give_back(running.room)
+            elif running.landing is not None:
+                why = self._count(running.frame, running.landing, failure_of(running.request))
+            else:
+                continue  # has been refused already
             if self._peer is not None:
                 self._settle(self._peer, running.frame.number, why)
-        return has_moved
+        return bool(ended)
+
+    def _put_in_place(self, frame: Data, room: Room, why_failed: str) -> str:
+        """Scatters what a room holds, if it is still expected; else why it is not."""
+        if why_failed:
+            return why_failed
+        if room.is_short():
+            self._receiver.malformed += 1
+            return WRONG_SIZE
+        with self._receiver.inbox.lock:
+            landing = self._receiver.inbox.find(frame.tag)
+            span, why = self._span(frame, landing, len(room.memory))
+            if landing is not None and span is not None:
+                scatter(room.memory, span, frame.ids)
+                landing.record(span, frame.ids)
+        return why
+
+    def _count(self, frame: Data, landing: CountedLanding, why_failed: str) -> str:
+        """What has gone straight into a landing's blocks is counted, if the landing is still open."""
+        with self._receiver.inbox.lock:
+            why = why_failed
+            if not why and self._receiver.inbox.find(frame.tag) is not landing:
+                why = f"nothing is expected under tag {frame.tag!r} any more"
+            if not why:
+                landing.record(resolve(self._receiver.regions, blocks_of(frame), "own"), frame.ids)
+            landing.release()
+        return why
 
     def _answer(self, peer: UcxPeer, ask: Ask) -> None:
         try:
@@ -305,7 +348,7 @@ class UcxCaller:
             peer.say(Nack(number, why_not[:1024]))
             return
         self._acks.append(number)
-        if len(self._acks) >= MAX_FRAMES_IN_FLIGHT // 4:
+        if len(self._acks) >= ACKS_PER_WORD:
             self._flush(peer)
 
     def _flush(self, peer: UcxPeer) -> None:

@@ -10,7 +10,7 @@ A UCX tag is (id of the connection, as its receiver chose it) << 32 | is it a pa
 connection stays: its end is the end of the peer. Its messages start with a magic word and PROTOCOL_VERSION, so that
 any version can tell any other what it is.
 
-History of PROTOCOL_VERSION: 1, the first.
+History of PROTOCOL_VERSION: 1, the first; 2, payloads of 1 MiB (before: 128 KiB).
 
 Memory and threading: pure functions and facts.
 """
@@ -27,8 +27,8 @@ from core.errors import ProtocolError, TransferError
 from transport.address import is_address
 from transport.frames import Ack, Answer, Ask, Data, Frame, Nack, Notice, Number, RegionShape
 
-PROTOCOL_VERSION = 1
-MAX_MESSAGE_BYTES = 128 << 10
+PROTOCOL_VERSION = 2
+MAX_MESSAGE_BYTES = 1 << 20
 """Of one UCX message: a payload, or a batch of frames."""
 
 BATCH_BYTES = 8 << 10

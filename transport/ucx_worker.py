@@ -51,6 +51,7 @@ class UcxWorker:
 
     def __init__(self, lease: Lease) -> None:
         self._library = load()
+        self.is_tcp_alone = lease.is_tcp_alone
         try:
             self._worker = self._library.UCXWorker(lease.context)
             self._worker.init_blocking_progress_mode()
@@ -63,14 +64,20 @@ class UcxWorker:
         self._sink = array(bytearray(MAX_MESSAGE_BYTES))
         self._running_control: tuple[Any, int, int] | None = None
         self._ending: list[_Ending] = []
+        self._has_moved = False
 
     def progress(self) -> bool:
-        """Lets UCX do what can be done now; whether that was anything."""
-        has_moved = False
+        """Lets UCX do what can be done now; whether that, or an `advance` since the last time, was anything."""
         for _ in range(PROGRESS_LIMIT):
-            if not self._worker.progress_once():
+            if not self.advance():
                 break
-            has_moved = True
+        has_moved, self._has_moved = self._has_moved, False
+        return has_moved
+
+    def advance(self) -> bool:
+        """One step of `progress`, for those who keep UCX waiting."""
+        has_moved = bool(self._worker.progress_once())
+        self._has_moved |= has_moved
         return has_moved
 
     def arm(self) -> bool:
@@ -120,20 +127,24 @@ class UcxWorker:
                 return
 
     def end(self, endpoint: Any, receives: list[Any], then: Callable[[], None]) -> None:
-        """Closes an endpoint, at once if nothing is being received from it; `then` is called afterwards.
+        """Closes an endpoint; `then` is called once nothing is received from it any more.
 
-        UCX has crashed where an endpoint was closed in the middle of a rendezvous, so such a receive comes to its end
-        first: by its data, or by the error that tells of the peer's end.
+        UCX has crashed where an endpoint was closed in the middle of a rendezvous. Where there may be one, receives
+        come to their end first: by their data, or by the error that tells of the peer's end. Over TCP there is none,
+        and the close itself ends those that wait.
         """
         self._ending.append(_Ending(endpoint, receives, then))
         self.reap()
 
     def reap(self) -> None:
-        """Closes endpoints whose receives have ended meanwhile."""
+        """Closes endpoints that may be closed now, and lets go of those from which nothing is received any more."""
         for ending in list(self._ending):
-            if all(request.completed for request in ending.receives):
-                self._ending.remove(ending)
+            if not ending.is_closed and (self.is_tcp_alone or ending.is_quiet()):
                 ending.endpoint.close_blocking()
+                ending.is_closed = True
+                self._worker.cancel_inflight_requests()  # those of an endpoint that was lost before its close
+            if ending.is_closed and ending.is_quiet():
+                self._ending.remove(ending)
                 ending.then()
 
     def is_ending(self) -> bool:
@@ -163,12 +174,18 @@ class UcxWorker:
         return self._library.UCXXTag(tag), self._library.UCXXTagMask(mask)
 
 
-class _Ending(NamedTuple):
-    """An endpoint that is closed as soon as nothing is received from it any more."""
+class _Ending:
+    """An endpoint that is about to end."""
 
-    endpoint: Any
-    receives: list[Any]
-    then: Callable[[], None]
+    def __init__(self, endpoint: Any, receives: list[Any], then: Callable[[], None]) -> None:
+        self.endpoint = endpoint
+        self.then = then
+        self.is_closed = False
+        self._receives = receives
+
+    def is_quiet(self) -> bool:
+        """Whether UCX writes nothing into our memory any more."""
+        return all(request.completed for request in self._receives)
 
 
 _abandoned: list[_Ending] = []
@@ -207,6 +224,11 @@ class UcxPeer:
         self.flush()
         self._send(array(payload), payload_tag(self._id, number), payload)
 
+    def receive_ahead(self, tag: int, into: Any) -> Any:
+        """Asks for a payload of this peer that may not be here yet; a request of the library, which the peer's `close`
+        ends."""
+        return self._endpoint.tag_recv(into, self._library.UCXXTag(tag))
+
     def failure(self) -> str:
         """Why nothing can be sent any more; empty while it works. Forgets what has left."""
         while self._sends and self._sends[0][0].completed:
@@ -223,7 +245,7 @@ class UcxPeer:
         return bool(self._sends)
 
     def close(self, receives: list[Any], then: Callable[[], None]) -> None:
-        """Ends it once these receives from it have ended, then calls `then`: what was being sent may be changed."""
+        """Ends it, with these receives from it, then calls `then`: what was being sent may be changed."""
         self._worker.end(self._endpoint, receives, then)
 
     def _send(self, what: Any, tag: int, keep: object) -> None:

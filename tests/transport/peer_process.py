@@ -2,7 +2,7 @@
 
 python -m tests.transport.peer_process own SCHEME              says its description, expects tag "t", counts
 python -m tests.transport.peer_process write SCHEME HEX         writes all its blocks under tag "t"
-python -m tests.transport.peer_process pour SCHEME HEX          writes all its blocks under tag "t", again and again
+python -m tests.transport.peer_process pour SCHEME HEX          the same again and again, there and back
 python -m tests.transport.peer_process storm SCHEME HEX         writes them over and over, also after a refusal
 python -m tests.transport.peer_process send SCHEME HEX          random blocks, in parts, in any order; says their digest
 python -m tests.transport.peer_process held HEX                 the same over cuda_ipc, and its GPU does not get to it
@@ -113,8 +113,10 @@ def write(scheme: str, description: str) -> None:
 def pour(scheme: str, description: str) -> None:
     owned = Owned(make_transport(scheme, "127.0.0.1"), BLOCK_BYTES, NUM_BLOCKS, fill=7)
     endpoint = owned.transport.connect(bytes.fromhex(description))
+    together = range(NUM_BLOCKS)
     for turn in range(100_000):
-        transfer = endpoint.write("t", owned.blocks(range(NUM_BLOCKS)), owned.blocks(range(NUM_BLOCKS)))
+        ids = together if turn % 2 == 0 else together[::-1]
+        transfer = endpoint.write("t", owned.blocks(together), owned.blocks(ids))
         until(lambda: transfer.poll() is not TransferState.RUNNING, 20.0, "the write ends")  # noqa: B023
         if turn == 0:
             say(transfer.poll().value)

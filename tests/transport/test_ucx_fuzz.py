@@ -22,6 +22,7 @@ from transport.frames import Ask, Data, Notice
 from transport.ucx import UcxTransport
 from transport.ucx_library import Lease
 from transport.ucx_wire import (
+    MAX_MESSAGE_BYTES,
     UcxDescription,
     batch,
     decode_description,
@@ -132,7 +133,9 @@ def test_mutated_frames_of_a_known_peer_write_nothing_unexpected(
     stranger.close()
 
 
-@pytest.mark.parametrize("message", [b"\x91" * 100_000, b"\xdc\xff\xff", b"\xdc\x00\x00", b"x" * 140_000])
+@pytest.mark.parametrize(
+    "message", [b"\x91" * 100_000, b"\xdc\xff\xff", b"\xdc\x00\x00", b"x" * (MAX_MESSAGE_BYTES + 12_000)]
+)
 def test_a_message_that_is_no_batch_ends_its_connection_alone(attacked: Attacked, message: bytes) -> None:
     stranger = Stranger(attacked.worker, attacked.description)
     stranger.control(message)

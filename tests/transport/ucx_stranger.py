@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from core.errors import BatonError
 from tests.poll import until
+from tests.transport.memory import Owned
 from transport.ucx_socket import UcxSocket
 from transport.ucx_wire import ToReceiver, UcxDescription, Welcome, batch, control_tag, encode, hello, payload_tag
 from transport.ucx_worker import UcxPeer, UcxWorker, array
@@ -43,13 +44,22 @@ class Stranger:
             return True
         return False
 
-    def close(self) -> None:
-        """Once everything has left."""
+    def flush(self) -> None:
+        """Until everything has left."""
         until(
             lambda: self._worker.progress() or self._peer.failure() or not self._peer.is_sending(), 5.0, "all is sent"
         )
+
+    def close(self) -> None:
+        """Once everything has left."""
+        self.flush()
         self.close_at_once()
 
     def close_at_once(self) -> None:
         self._socket.close()
         self._peer.close([], lambda: None)
+
+
+def num_rooms_lent(receiver: Owned) -> int:
+    """Rooms of its transport into which UCX may still write."""
+    return int(receiver.transport._io._parts.receiver.rooms.num_lent)  # type: ignore[attr-defined]
