@@ -10,9 +10,10 @@ import hashlib
 
 import msgspec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 4
 """History. 1: Accept, Decline, Cancel, Cancelled, Refused, Failed, Landed. 2: Greeting. 3: tensor-parallel ranks: an
-Accept names each rank's transports and how many senders are awaited, Landed has a part for each pair of ranks."""
+Accept names each rank's transports and how many senders are awaited, Landed has a part for each pair of ranks. 4: a
+Greeting names each rank's transports."""
 
 HEADS_OUTERMOST = "LBHNC"
 """vLLM's name of the order layer, block, head, token, content: there a head of a block is one range of bytes."""

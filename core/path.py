@@ -22,6 +22,7 @@ class Path(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     write_gb_per_s: measured towards the peer, which is what a hand-off does; read_gb_per_s: from it; latency_us: of one
         block. 0 where it was not measured.
     num_failures: since this peer is known. why: for people: of the failure, or of the choice.
+    sender_rank, receiver_rank: the tensor-parallel ranks that it joins.
     """
 
     peer: str
@@ -33,3 +34,12 @@ class Path(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     latency_us: float = 0.0
     num_failures: int = 0
     why: str = ""
+    sender_rank: int = 0
+    receiver_rank: int = 0
+
+    @property
+    def target(self) -> str:
+        """The receiver, for people."""
+        if self.sender_rank == self.receiver_rank == 0:
+            return self.peer
+        return f"{self.peer} (rank {self.sender_rank} to {self.receiver_rank})"

@@ -22,7 +22,7 @@ from decode.accounts import Accounts
 from decode.admission import Capacity
 from decode.incoming import Offer
 from decode.receiver import Receiver
-from engine.acquaintances import Acquaintances, OwnWorker
+from engine.acquaintances import Acquaintances, OwnRank
 from engine.arrivals import Arrived
 from engine.cache_side import CacheScheduler, refuse_hash
 from engine.correspondence import Correspondence
@@ -100,8 +100,8 @@ class SchedulerSide:
         self._schemes = [scheme for scheme, _ in schemes[0]]
         offer = Offer(self._layout, schemes, settings.full_digest, settings.audit)
         self._receiver = Receiver(self.me, offer, self._ports, self._accounts, settings.limits)
-        worker = OwnWorker(schemes[0], handshakes[0].door if len(handshakes) == 1 else "")
-        acquaintances = Acquaintances(self.me, worker, self._correspondence.send, self._ports.clock)
+        ranks = [OwnRank(handshake.schemes, handshake.door) for handshake in handshakes]
+        acquaintances = Acquaintances(self.me, self._layout, ranks, self._correspondence.send, self._ports.clock)
         self._acquaintances = acquaintances
         self._correspondence.introduce(self._sender, self._receiver, acquaintances)
         if settings.join:

@@ -98,4 +98,5 @@ class PeerPaths:
             latency_us=speed.latency_s * 1e6 if speed else 0.0,
             num_failures=known.num_failures,
             why=known.why_failed or why,
+            receiver_rank=self.rank,
         )

@@ -76,7 +76,7 @@ class Prober:
             self._landings.expect(word.boot_id)
         elif isinstance(word, Meet):
             try:
-                self._connections.greet(word.peer, word.schemes)
+                self._connections.greet(word.peer, word.schemes, word.rank)
             except TransferError as error:
                 _log.warning("%s: %s", word.peer.name, error)
 

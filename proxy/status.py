@@ -1,4 +1,5 @@
 """`/status`: the instances in short, and by which measured path each prefill instance reaches each decode instance.
+Tensor-parallel ranks have paths of their own: a pair is one of each side's ranks.
 
 The instances say it in their heartbeats (core/path.py). A path to an instance that has been started anew is not shown.
 """
@@ -37,11 +38,11 @@ def status(registry: Registry, queue_length: int) -> dict[str, Any]:
 def _pairs(instances: Sequence[Instance]) -> Iterator[tuple[Instance, list[Path]]]:
     boot_ids = {each.info.boot_id for each in instances}
     for sender in instances:
-        by_peer: dict[str, list[Path]] = {}
+        by_ranks: dict[tuple[str, int, int], list[Path]] = {}
         for path in sender.info.paths:
             if path.boot_id in boot_ids:
-                by_peer.setdefault(path.boot_id, []).append(path)
-        for paths in by_peer.values():
+                by_ranks.setdefault((path.boot_id, path.sender_rank, path.receiver_rank), []).append(path)
+        for paths in by_ranks.values():
             yield sender, paths
 
 
@@ -50,6 +51,7 @@ def _pair(sender: Instance, paths: list[Path]) -> dict[str, Any]:
     return {
         "prefill": sender.name,
         "decode": paths[0].peer,
+        "ranks": [paths[0].sender_rank, paths[0].receiver_rank],
         "transport": chosen.transport if chosen else None,
         "why": chosen.why if chosen else "",
         "paths": [
@@ -71,7 +73,7 @@ class PathMetrics:
     """Gauges that are set when someone asks."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        pair = ["prefill", "decode", "transport"]
+        pair = ["prefill", "decode", "ranks", "transport"]
         self._chosen = Gauge("baton_path_chosen", "1 for the transport that hand-offs take", pair, registry=registry)
         self._gb_per_s = Gauge(
             "baton_path_gb_per_s", "Measured by the last probe", [*pair, "direction"], registry=registry
@@ -86,7 +88,7 @@ class PathMetrics:
             gauge.clear()
         for sender, paths in _pairs(instances):
             for path in paths:
-                labels = (sender.name, path.peer, path.transport)
+                labels = (sender.name, path.peer, f"{path.sender_rank}-{path.receiver_rank}", path.transport)
                 self._chosen.labels(*labels).set(path.state is PathState.CHOSEN)
                 self._failures.labels(*labels).set(path.num_failures)
                 self._gb_per_s.labels(*labels, "write").set(path.write_gb_per_s)

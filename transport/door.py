@@ -45,10 +45,12 @@ class Await(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Meet(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """A receiver that expects to be probed: its transports with their descriptions, best first."""
+    """A receiver that expects to be probed: one of its tensor-parallel ranks, whose transports these are with their
+    descriptions, best first."""
 
     peer: Peer
     schemes: list[tuple[str, bytes]]
+    rank: int = 0
 
 
 class News(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -114,7 +114,7 @@ class Landed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
 class Greeting(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """D expects to be connected to and probed by P; `schemes` as in Accept. It belongs to no hand-off."""
 
-    schemes: Annotated[list[tuple[str, bytes]], msgspec.Meta(max_length=MAX_SCHEMES)]
+    schemes: Annotated[list[_Schemes], msgspec.Meta(max_length=MAX_RANKS)]
     handoff: _Id = ""
 
 

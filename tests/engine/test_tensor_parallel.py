@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from cluster.launcher import Cluster
 from tests.engine.client import Answer, ask_all, record
@@ -53,17 +54,37 @@ def check_landed(cluster: Cluster, answers: list[Answer], asked: list[dict[str, 
         assert entry["decode"]["bytes"] == entry["prefill"]["bytes"] > 0, entry
 
 
-@pytest.mark.parametrize(("prefill", "decode", "transport"), [(1, 2, "shm"), (2, 1, "zmq")])
-def test_another_tensor_parallel_size_decodes_the_same_tokens(
-    start: Any, plain: Cluster, prefill: int, decode: int, transport: str
-) -> None:
-    arguments = {"arguments_prefill": ranks(prefill), "arguments_decode": ranks(decode)}
-    cluster = start("1P1D", transport=transport, connector={"full_digest": True}, **arguments)
-    asked = bodies(prefill * 100_000)
+def check_equal(cluster: Cluster, plain: Cluster, transport: str, first_seed: int) -> None:
+    """The same tokens, and all of the KV came over this transport."""
+    asked = bodies(first_seed)
     ours = ask_all(cluster.url, asked, 2)
     theirs = ask_all(plain.url, asked, 2)
     assert [answer.outcome() for answer in ours] == [answer.outcome() for answer in theirs]
     check_landed(cluster, ours, asked, transport)
+
+
+def chosen(cluster: Cluster) -> dict[tuple[int, int], str]:
+    """The transport of each pair of ranks, once all their paths are measured; empty before."""
+    pairs = requests.get(f"{cluster.url}/status", timeout=10).json()["pairs"]
+    if any(path["why"] == "not measured yet" for pair in pairs for path in pair["paths"]):
+        return {}
+    return {tuple(pair["ranks"]): pair["transport"] for pair in pairs}
+
+
+def test_one_rank_fills_two(start: Any, plain: Cluster) -> None:
+    arguments = {"arguments_prefill": ranks(1), "arguments_decode": ranks(2)}
+    cluster = start("1P1D", transport="shm", connector={"full_digest": True}, **arguments)
+    check_equal(cluster, plain, "shm", 100_000)
+
+
+def test_two_ranks_fill_one_and_each_pair_takes_the_path_that_was_measured_fastest(start: Any, plain: Cluster) -> None:
+    arguments = {"arguments_prefill": ranks(2), "arguments_decode": ranks(1)}
+    slow = {"faulty": {"shm": {"delay_s": 0.5}}}
+    cluster = start("1P1D", connector={"full_digest": True}, connector_prefill=slow, **arguments)
+    until(lambda: chosen(cluster) == {(0, 0): "zmq", (1, 0): "zmq"}, 60.0, "both pairs of ranks choose zmq")
+    lines = requests.get(f"{cluster.url}/metrics", timeout=10).text.splitlines()
+    assert sum(line.startswith("baton_path_chosen{") and 'ranks="1-0"' in line for line in lines) == 2
+    check_equal(cluster, plain, "zmq", 200_000)
 
 
 @pytest.mark.parametrize("killed", [True, False])

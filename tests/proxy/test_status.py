@@ -53,13 +53,29 @@ def test_a_pairs_paths_are_shown_with_figures_and_reasons(fleet: Fleet) -> None:
             "failures": 2,
             "why": "why of shm",
         }
-        labels = 'decode="decode-1",prefill="prefill-0",transport="zmq"'
+        labels = 'decode="decode-1",prefill="prefill-0",ranks="0-0",transport="zmq"'
         assert fleet.metric(f"baton_path_chosen{{{labels}}}") == 1
         assert fleet.metric(f"baton_path_failures{{{labels.replace('zmq', 'shm')}}}") == 2
         speed = labels.replace(",prefill", ',direction="write",prefill')
         assert fleet.metric(f"baton_path_gb_per_s{{{speed}}}") == pytest.approx(6.04321)
         assert "another life" not in fleet.client.get("/metrics").text
         assert "decode-9" not in fleet.client.get("/metrics").text
+
+
+def test_each_pair_of_ranks_has_paths_of_its_own(fleet: Fleet) -> None:
+    with engines(Role.PREFILL, Role.DECODE) as (prefill, decode):
+        fleet.join(prefill, decode)
+        first = path_to(decode, "shm", PathState.CHOSEN)
+        second = msgspec.structs.replace(first, sender_rank=1)
+        other = msgspec.structs.replace(second, transport="zmq", state=PathState.STANDBY)
+        welcome(fleet, info_with(prefill, first, second, other))
+        pairs = fleet.client.get("/status").json()["pairs"]
+        assert [(pair["ranks"], pair["transport"], len(pair["paths"])) for pair in pairs] == [
+            ([0, 0], "shm", 1),
+            ([1, 0], "shm", 2),
+        ]
+        labels = 'decode="decode-1",prefill="prefill-0",ranks="1-0",transport="zmq"'
+        assert fleet.metric(f"baton_path_chosen{{{labels}}}") == 0
 
 
 def test_a_decode_instance_is_told_who_may_send_to_it(fleet: Fleet) -> None:
