@@ -82,7 +82,7 @@ def check(specs: list[InstanceSpec], build: Build, cache_bytes: int = 0) -> None
     for spec in specs:
         spec.serve_arguments(build.device)
         check_device(build.device, plain=spec.plain)
-        check_arguments(spec.arguments, plain=spec.plain, cached=cache_bytes > 0 or bool(spec.connector.get("cache")))
+        check_arguments(spec.arguments, plain=spec.plain)
         check_model(spec.model.path, plain=spec.plain)
         if not spec.plain:
             wanted_schemes(spec.transport)

@@ -63,6 +63,12 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """32 hex digits over every field."""
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:32]
 
+    def identity_of_blocks(self, num_ranks: int) -> str:
+        """32 hex digits over what decides a kept block's bytes: every field but the protocol, which is about how blocks
+        travel, and how many tensor-parallel ranks have computed their parts of it."""
+        fields = msgspec.structs.asdict(self) | {"protocol": 0, "num_ranks": num_ranks}
+        return hashlib.sha256(msgspec.json.encode(fields)).hexdigest()[:32]
+
     def differences(self, other: KVLayout) -> str:
         """Each field that differs with both values, ours and then theirs; empty if blocks may be exchanged."""
         ours, theirs = msgspec.structs.asdict(self), msgspec.structs.asdict(other)

@@ -32,6 +32,13 @@ class Arrived(msgspec.Struct, frozen=True):
     why_lost: str = ""
     loaded: Loaded | None = None
 
+    def with_that_of(self, other: Arrived) -> Arrived:
+        """The same request on two tensor-parallel ranks."""
+        loaded = self.loaded or other.loaded
+        if self.loaded is not None and other.loaded is not None:
+            loaded = self.loaded.with_that_of(other.loaded)
+        return Arrived(self.request_id, self.why_lost or other.why_lost, loaded)
+
 
 @dataclass
 class _Parts:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from core.clock import SystemClock
@@ -17,9 +18,10 @@ from core.handoff import Handoff, Label
 from core.layout import KVLayout
 from core.report import FromCache
 from engine.identity import adapter_identity
+from engine.ranks import OfAllRanks
 from engine.settings import ConnectorSettings
 from kvcache import wire
-from kvcache.arena import Arena
+from kvcache.arena import Arena, Share, slot_bytes
 from kvcache.client import CacheClient, fetch_arena
 from kvcache.keys import BlockKey, block_key, join_keys, namespace, tenant_of
 from kvcache.loader import Loader
@@ -33,6 +35,7 @@ from kvcache.storer import Storer
 from kvcache.writer import Writer
 from transport.base import Region
 from transport.faultpoint import FaultPoint
+from transport.runs import heads_of
 
 HASHES = ("sha256", "sha256_cbor")
 """vLLM's block hashes that are the same in every process; the others begin with random bytes."""
@@ -65,6 +68,11 @@ def shape_of(layout: KVLayout) -> BlockShape | None:
     return shape if layout.block_bytes == 2 * layout.num_kv_heads * shape.head_bytes else None
 
 
+def part_bytes(layout: KVLayout, num_ranks: int) -> int:
+    """Of one block over all layers, on one of so many tensor-parallel ranks; heads may be on several."""
+    return layout.head_bytes * len(heads_of(layout.num_kv_heads, num_ranks, 0)) * layout.num_layers
+
+
 def by_tier(loaded: Loaded, pace: Pace) -> list[FromCache]:
     """What each tier gave of one load."""
     parts = []
@@ -76,17 +84,27 @@ def by_tier(loaded: Loaded, pace: Pace) -> list[FromCache]:
     return parts
 
 
+@dataclass(frozen=True)
+class Owner:
+    """Whose blocks they are: one start of an instance of so many tensor-parallel ranks."""
+
+    boot_id: str
+    num_ranks: int = 1
+
+
 class CacheScheduler:
     """What requests take from the cache and leave there."""
 
     def __init__(
-        self, settings: ConnectorSettings, layout: KVLayout, boot_id: str, hash_algorithm: str, wake: Callable[[], None]
+        self, settings: ConnectorSettings, layout: KVLayout, owner: Owner, hash_algorithm: str, wake: Callable[[], None]
     ) -> None:
-        self._fingerprint = layout.fingerprint()
+        self._identity = layout.identity_of_blocks(owner.num_ranks)
         self._block_size = layout.block_size
         self._hash_algorithm = hash_algorithm
-        block_bytes = layout.block_bytes * layout.num_layers
-        hello = wire.Hello(settings.name, boot_id, block_bytes, shape=shape_of(layout))
+        self._loaded = OfAllRanks(owner.num_ranks, Loaded.with_that_of)
+        block_bytes = slot_bytes(part_bytes(layout, owner.num_ranks), owner.num_ranks)
+        shape = shape_of(layout) if owner.num_ranks == 1 else None
+        hello = wire.Hello(settings.name, owner.boot_id, block_bytes, shape=shape)
         clock = SystemClock()
         self._client = CacheClient(settings.cache, hello, wake)
         self._reader = Reader(self._client, layout.block_size, clock)
@@ -159,7 +177,7 @@ class CacheScheduler:
 
     def results(self, results: CacheResults) -> None:
         """The worker's answer."""
-        for loaded in results.loaded:
+        for loaded in self._loaded.take(results.loaded):
             self._reader.on_loaded(loaded)
         for stored in results.stored:
             self._writer.on_stored(stored)
@@ -209,17 +227,19 @@ class CacheScheduler:
         path = lora.lora_path if lora is not None else ""
         if path not in self._spaces:
             adapter = adapter_identity(path) if path else b""
-            self._spaces[path] = namespace(self._fingerprint, self._hash_algorithm, adapter)
+            self._spaces[path] = namespace(self._identity, self._hash_algorithm, adapter)
         return self._spaces[path]
 
 
 class CacheWorker:
-    """Copies between this worker's blocks and the arena."""
+    """Copies between this worker's blocks, which are one tensor-parallel rank's, and the arena."""
 
-    def __init__(self, settings: ConnectorSettings, regions: Sequence[Region], faults: FaultPoint) -> None:
+    def __init__(
+        self, settings: ConnectorSettings, regions: Sequence[Region], faults: FaultPoint, share: Share
+    ) -> None:
         clock = SystemClock()
         path, name = settings.cache, settings.name
-        arena = Arena(regions, lambda: fetch_arena(path, name))
+        arena = Arena(regions, lambda: fetch_arena(path, name), share)
         self._loader = Loader(arena, clock, faults)
         self._storer = Storer(arena, len(regions), clock, faults)
         self._computes = False

@@ -17,12 +17,13 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole, SupportsHMA
 
 from engine import internals
-from engine.layout import layout_of, refuse_cache_of_ranks, refuse_unsupported
+from engine.layout import layout_of, refuse_unsupported
 from engine.scheduler_hooks import SchedulerHooks
 from engine.scheduler_side import Pool, SchedulerSide
 from engine.settings import ConnectorSettings
 from engine.worker_hooks import WorkerHooks
 from engine.worker_side import WorkerSide
+from kvcache.arena import Share
 
 
 class BatonConnector(WorkerHooks, SchedulerHooks, SupportsHMA):
@@ -34,15 +35,15 @@ class BatonConnector(WorkerHooks, SchedulerHooks, SupportsHMA):
         internals.check()
         refuse_unsupported(vllm_config, kv_cache_config)
         settings = ConnectorSettings.parse(vllm_config.kv_transfer_config.kv_connector_extra_config)
-        refuse_cache_of_ranks(settings.cache, vllm_config.parallel_config.tensor_parallel_size)
         layout = layout_of(vllm_config, kv_cache_config)
+        num_ranks = vllm_config.parallel_config.tensor_parallel_size
         if role is KVConnectorRole.SCHEDULER:
             algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)
-            pool = Pool(kv_cache_config.num_blocks, vllm_config.parallel_config.tensor_parallel_size)
+            pool = Pool(kv_cache_config.num_blocks, num_ranks)
             self._scheduler = SchedulerSide(settings, layout, pool, algorithm)
         else:
-            rank = internals.tensor_parallel_rank()
-            self._worker = WorkerSide(settings, layout, rank, vllm_config.device_config.device_type)
+            share = Share(internals.tensor_parallel_rank(), num_ranks)
+            self._worker = WorkerSide(settings, layout, share, vllm_config.device_config.device_type)
 
     def shutdown(self) -> None:
         """The instance stops."""

@@ -43,14 +43,6 @@ def refuse_unsupported(config: Any, kv_cache_config: Any) -> None:
         raise UnsupportedError('kv_load_failure_policy must be "recompute" in --kv-transfer-config')
 
 
-def refuse_cache_of_ranks(cache: str, num_ranks: int) -> None:
-    """Raises UnsupportedError for the host's KV cache behind more than one tensor-parallel rank."""
-    if cache and num_ranks > 1:
-        raise UnsupportedError(
-            f"the host's KV cache (--cache) keeps blocks of tensor parallel size 1 only, not {num_ranks}: leave one out"
-        )
-
-
 def layout_of(config: Any, kv_cache_config: Any) -> KVLayout:
     """The layout of a supported vLLM configuration."""
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec

@@ -47,15 +47,10 @@ def check_device(device: Device, *, plain: bool) -> None:
         )
 
 
-def check_arguments(arguments: Sequence[str], *, plain: bool, cached: bool = False) -> None:
-    """Raises UnsupportedError naming the first argument that no test covers. cached: behind the host's KV cache."""
-    ranks = num_ranks(arguments)
+def check_arguments(arguments: Sequence[str], *, plain: bool) -> None:
+    """Raises UnsupportedError naming the first argument that no test covers."""
     if plain:
         return
-    if cached and ranks > 1:
-        raise UnsupportedError(
-            f"tensor parallel size {ranks} ({TENSOR_PARALLEL[0]}) with --cache is not supported: leave one out"
-        )
     given = Arguments(arguments)
     for name, options in _PARALLEL.items():
         size = given.value(*options)

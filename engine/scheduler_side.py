@@ -24,9 +24,10 @@ from decode.incoming import Offer
 from decode.receiver import Receiver
 from engine.acquaintances import Acquaintances, OwnRank
 from engine.arrivals import Arrived
-from engine.cache_side import CacheScheduler, refuse_hash
+from engine.cache_side import CacheScheduler, Owner, refuse_hash
 from engine.correspondence import Correspondence
 from engine.internals import IdleSleep
+from engine.ranks import OfAllRanks
 from engine.requests import EngineRequests
 from engine.settings import ConnectorSettings
 from engine.steps import Handshake, StepOrders, StepResults
@@ -89,7 +90,9 @@ class SchedulerSide:
         self._cache: CacheScheduler | None = None
         if settings.cache:
             refuse_hash(hash_algorithm)
-            self._cache = CacheScheduler(settings, layout, self.me.boot_id, hash_algorithm, self._sleep.wake)
+            owner = Owner(self.me.boot_id, pool.num_ranks)
+            self._cache = CacheScheduler(settings, layout, owner, hash_algorithm, self._sleep.wake)
+        self._arrived = OfAllRanks(pool.num_ranks, Arrived.with_that_of)
 
     # ---- start and end ----
 
@@ -187,7 +190,7 @@ class SchedulerSide:
             self._receiver.on_results(results.land)
         if self._cache is not None:
             self._cache.results(results.cache)
-            for arrived in results.arrived:
+            for arrived in self._arrived.take(results.arrived):
                 if arrived.why_lost:
                     self._cache.computes(arrived.request_id)
                 self._note_arrived(arrived)

@@ -35,7 +35,8 @@ class StepOrders(KVConnectorMetadata):
 
 @dataclass
 class StepResults(KVConnectorWorkerMetadata):
-    """Worker to scheduler, every step. arrived: waiting requests that are reported to vLLM now. num_watched:
+    """Worker to scheduler, every step. arrived: waiting requests that are reported to vLLM now, by
+    each rank once. num_watched:
     transfers and hand-offs whose end comes without a message; num_loading: loads from the cache, likewise."""
 
     push: PushResults = field(default_factory=PushResults)
@@ -46,11 +47,13 @@ class StepResults(KVConnectorWorkerMetadata):
     num_loading: int = 0
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        """What two tensor-parallel ranks answer together; the scheduler's halves know how many there are. The host's
-        cache is refused at start with more than one."""
+        """What two tensor-parallel ranks answer together; the scheduler's halves know how many there are."""
         assert isinstance(other, StepResults)
         return StepResults(
             push=self.push.with_those_of(other.push),
             land=self.land.with_those_of(other.land),
+            cache=self.cache.with_those_of(other.cache),
+            arrived=self.arrived + other.arrived,
             num_watched=self.num_watched + other.num_watched,
+            num_loading=self.num_loading + other.num_loading,
         )

@@ -14,6 +14,7 @@ from engine.layout import regions_of
 from engine.memory import CacheMemory
 from engine.settings import ConnectorSettings
 from engine.steps import Handshake, StepOrders, StepResults
+from kvcache.arena import Share
 from kvcache.orders import CacheResults
 from prefill.connections import Connections
 from prefill.prober import Prober
@@ -28,16 +29,17 @@ from transport.scratch import Scratch, ScratchLandings
 
 
 class WorkerSide:
-    """One worker's memory, transports, pushes and landings. Lives in the worker's thread. `rank`: tensor-parallel."""
+    """One worker's memory, transports, pushes and landings. Lives in the worker's thread. `share`: which of the
+    tensor-parallel ranks it is."""
 
-    def __init__(self, settings: ConnectorSettings, layout: KVLayout, rank: int, device: str) -> None:
+    def __init__(self, settings: ConnectorSettings, layout: KVLayout, share: Share, device: str) -> None:
         if device != "cpu":
             raise UnsupportedError(
                 f"hand-off of KV caches on {device} is not supported yet; on a GPU run plain instances (0PyD)"
             )
         self._settings = settings
         self._block_size = layout.block_size
-        self._rank = rank
+        self._share = share
         self._clock = SystemClock()
         self._memory: CacheMemory | None = None
         self._layers: dict[str, int] = {}
@@ -71,10 +73,10 @@ class WorkerSide:
         self._scratch = Scratch(self._transports)
         self._prober = Prober(self._connections, ScratchLandings(self._transports), self._door, self._clock)
         faults = FaultPoint(self._settings.fault)
-        self._pusher = Pusher(self._connections, regions, self._block_size, self._clock, faults, self._rank)
-        self._lander = Lander(self._transports, regions, self._clock, faults, self._rank)
+        self._pusher = Pusher(self._connections, regions, self._block_size, self._clock, faults, self._share.rank)
+        self._lander = Lander(self._transports, regions, self._clock, faults, self._share.rank)
         if self._settings.cache:
-            self._cache = CacheWorker(self._settings, regions, faults)
+            self._cache = CacheWorker(self._settings, regions, faults, self._share)
 
     def handshake(self) -> Handshake:
         """What the scheduler's side offers to peers."""

@@ -1,11 +1,14 @@
 """One process's view of the arena: maps it, copies whole blocks in and out layer by layer, and takes their digest.
 
     slot of one block:   layer 0 ┃ layer 1 ┃ ... ┃ layer L-1        each `block_bytes` of its region, one after another
+    of several ranks:    rank 0's layers ┃ rank 1's layers ┃ ... ┃ digest of each rank's part
 
     digest = xxh3(key) + sum over layers of xxh3(bytes of the layer, seed = layer + 1)   modulo 2^64
 
 So layers may be copied and hashed in any order, right where their bytes are in the processor's cache, and a block that
-lies under another's key differs. Every byte counts.
+lies under another's key differs. Every byte counts. Tensor-parallel ranks keep different heads of a block, and each
+copies its own part; for the digest rank r's layer l is layer r * L + l. A rank that reads sees its own part alone: it
+must be the one in the slot's table, and the table must add up to the digest of the whole block.
 
 Memory model: a mapping holds the arena's memory, also after its server and every other process have gone. Slots are raw
 addresses: each is checked against the arena's size.
@@ -19,7 +22,9 @@ import contextlib
 import ctypes
 import itertools
 import os
+import struct
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import xxhash
 
@@ -30,6 +35,23 @@ from transport.mapping import Mapping, map_foreign
 from transport.regions import view
 
 _MASK = (1 << 64) - 1
+_ENTRY = struct.Struct("<Q")
+
+
+class Share(NamedTuple):
+    """Whose part of every block a process copies: that of one of so many tensor-parallel ranks."""
+
+    rank: int = 0
+    num_ranks: int = 1
+
+
+WHOLE = Share()
+"""Of an instance of one rank."""
+
+
+def slot_bytes(part_bytes: int, num_ranks: int) -> int:
+    """Of one block over all layers and ranks; part_bytes: of one rank."""
+    return part_bytes * num_ranks + (_ENTRY.size * num_ranks if num_ranks > 1 else 0)
 
 
 class MappedArena:
@@ -38,35 +60,61 @@ class MappedArena:
     Hold it while copying: the memory is unmapped with the last reference.
     """
 
-    def __init__(self, mapping: Mapping, regions: Sequence[Region]) -> None:
+    def __init__(self, mapping: Mapping, regions: Sequence[Region], share: Share = WHOLE) -> None:
         self._mapping = mapping
         self._regions = regions
+        self._share = share
         self._layer_offsets = list(itertools.accumulate((r.block_bytes for r in regions), initial=0))
+        self.part_bytes = self._layer_offsets[-1]
+        """Of one block over all layers, on this rank."""
+
+        self._first_seed = share.rank * len(regions) + 1
 
     @property
     def block_bytes(self) -> int:
-        """Of one block over all layers."""
-        return self._layer_offsets[-1]
+        """Of one block over all layers and ranks."""
+        return slot_bytes(self.part_bytes, self._share.num_ranks)
+
+    def first_summand(self, key: BlockKey) -> int:
+        """With which this rank's part of a block's digest begins."""
+        return 0 if self._share.rank else key_summand(key)
 
     def write_layer(self, layer: int, block_id: int, offset: int) -> int:
         """Copies one layer of a block into its slot; returns the summand of the digest of what arrived there. Raises
         TransferError for a slot outside the arena."""
         region = self._regions[layer]
         source = region.address + block_id * region.stride
-        target = self._at(offset) + self._layer_offsets[layer]
+        target = self._part_at(offset) + self._layer_offsets[layer]
         ctypes.memmove(target, source, region.block_bytes)  # first: 0.77 of a memcpy's speed, hashed first 0.73
-        return xxhash.xxh3_64_intdigest(view(target, region.block_bytes), seed=layer + 1)
+        return xxhash.xxh3_64_intdigest(view(target, region.block_bytes), seed=self._first_seed + layer)
 
-    def read_block(self, block_id: int, offset: int, key: BlockKey) -> int:
-        """Copies a slot into a block of the engine; returns the digest of what has arrived there. Raises
-        TransferError for a slot outside the arena."""
-        total, at = key_summand(key), self._at(offset)
-        for layer, region in enumerate(self._regions):
+    def seal(self, offset: int, part_digest: int) -> None:
+        """Every layer of a block is in its slot: says so to the ranks that read it. Raises TransferError for a slot
+        outside the arena."""
+        if self._share.num_ranks > 1:
+            _ENTRY.pack_into(self._table(offset), self._share.rank * _ENTRY.size, part_digest)
+
+    def read_block(self, block_id: int, offset: int, key: BlockKey, digest: int) -> bool:
+        """Copies this rank's part of a slot into a block of the engine. False if what has arrived there is not of the
+        block with this key and digest. Raises TransferError for a slot outside the arena."""
+        total: int = self.first_summand(key)
+        at = self._part_at(offset)
+        for seed, region in enumerate(self._regions, self._first_seed):
             target = region.address + block_id * region.stride
             ctypes.memmove(target, at, region.block_bytes)
-            total += xxhash.xxh3_64_intdigest(view(target, region.block_bytes), seed=layer + 1)
+            total += xxhash.xxh3_64_intdigest(view(target, region.block_bytes), seed=seed)
             at += region.block_bytes
-        return total & _MASK
+        if self._share.num_ranks == 1:
+            return total & _MASK == digest
+        parts = [part for (part,) in _ENTRY.iter_unpack(self._table(offset))]
+        return bool(parts[self._share.rank] == total & _MASK and sum(parts) & _MASK == digest)
+
+    def _part_at(self, offset: int) -> int:
+        return self._at(offset) + self._share.rank * self.part_bytes
+
+    def _table(self, offset: int) -> memoryview:
+        at = self._at(offset) + self._share.num_ranks * self.part_bytes
+        return view(at, self._share.num_ranks * _ENTRY.size)
 
     def _at(self, offset: int) -> int:
         if offset < 0 or offset + self.block_bytes > self._mapping.num_bytes:
@@ -77,9 +125,12 @@ class MappedArena:
 class Arena:
     """The arena that is served now. `fetch` gives its (descriptor, size, id) and may wait (client.fetch_arena)."""
 
-    def __init__(self, regions: Sequence[Region], fetch: Callable[[], tuple[int, int, str]]) -> None:
+    def __init__(
+        self, regions: Sequence[Region], fetch: Callable[[], tuple[int, int, str]], share: Share = WHOLE
+    ) -> None:
         self._regions = regions
         self._fetch = fetch
+        self._share = share
         self._current: tuple[str, MappedArena] | None = None
 
     def get(self, arena_id: str) -> MappedArena | None:
@@ -100,7 +151,7 @@ class Arena:
             mapping = map_foreign(fd, num_bytes)
         finally:
             os.close(fd)
-        mapped = MappedArena(mapping, self._regions)
+        mapped = MappedArena(mapping, self._regions, self._share)
         self._current = served, mapped
         with contextlib.suppress(TransferError):  # where memory is short, pages come when they are touched
             mapping.populate()

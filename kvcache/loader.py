@@ -79,10 +79,10 @@ class Loader:
         bad, why, num_bytes = [], "", 0
         try:
             arena = self._arena.map(load.arena_id)
-            num_bytes = len(load.pieces) * arena.block_bytes
+            num_bytes = len(load.pieces) * arena.part_bytes
             for index, piece in enumerate(load.pieces):
                 self._faults.reach("load", chunk=index)
-                if arena.read_block(piece.block_id, piece.offset, piece.key) != piece.digest:
+                if not arena.read_block(piece.block_id, piece.offset, piece.key, piece.digest):
                     bad.append(Written(piece.key, piece.offset, piece.digest))
                     break
         except TransferError as error:

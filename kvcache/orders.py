@@ -1,10 +1,16 @@
-"""What an engine's scheduler tells its worker about the cache in one step, and what the worker answers."""
+"""What an engine's scheduler tells its workers about the cache in one step, and what they answer.
+
+Tensor-parallel ranks get the same orders, and each does its part of every block. Stores are answered by all ranks in
+the same step; loads end when they end, so each rank's answer comes by itself (`engine/ranks.py` waits for all).
+"""
 
 from __future__ import annotations
 
 import msgspec
 
 from kvcache.wire import Written
+
+_MASK = (1 << 64) - 1
 
 
 class Piece(msgspec.Struct, frozen=True, array_like=True):
@@ -63,6 +69,16 @@ class Loaded(msgspec.Struct, frozen=True):
         """Of all tiers."""
         return sum(self.tokens.values())
 
+    def with_that_of(self, other: Loaded) -> Loaded:
+        """The same load on two tensor-parallel ranks: in place where both parts are."""
+        return msgspec.structs.replace(
+            self,
+            num_bytes=self.num_bytes + other.num_bytes,
+            seconds=max(self.seconds, other.seconds),
+            why=self.why or other.why,
+            bad=self.bad + [block for block in other.bad if block not in self.bad],
+        )
+
 
 class Stored(msgspec.Struct, frozen=True):
     """One store of one step: what is complete in the arena, and keys that could not be written."""
@@ -72,11 +88,40 @@ class Stored(msgspec.Struct, frozen=True):
     blocks: list[Written]
     given_up: list[bytes] = []
 
+    def keys(self) -> frozenset[bytes]:
+        """Of all its blocks: what it is of."""
+        return frozenset([block.key for block in self.blocks] + self.given_up)
+
+    def with_that_of(self, other: Stored | None) -> Stored:
+        """What two tensor-parallel ranks have stored of the same blocks: a block is complete where both parts are."""
+        parts = {block.key: block for block in other.blocks} if other is not None else {}
+        both = [
+            Written(block.key, block.offset, (block.digest + parts[block.key].digest) & _MASK)
+            for block in self.blocks
+            if block.key in parts
+        ]
+        lost = self.keys() - {block.key for block in both}
+        return Stored(self.request_id, self.epoch, both, sorted(lost))
+
 
 class CacheResults(msgspec.Struct):
-    """One step's answer. seconds: that stores took of the step."""
+    """One step's answer. loaded: of several ranks once for each. store_seconds: that stores took of the step."""
 
     loaded: list[Loaded] = []
     stored: list[Stored] = []
     store_bytes: int = 0
     store_seconds: float = 0.0
+
+    def with_those_of(self, other: CacheResults) -> CacheResults:
+        """What two tensor-parallel ranks answer to the same orders."""
+        theirs = {(each.request_id, each.epoch, each.keys()): each for each in other.stored}
+        stored = [
+            each.with_that_of(theirs.pop((each.request_id, each.epoch, each.keys()), None)) for each in self.stored
+        ]
+        stored += [each.with_that_of(None) for each in theirs.values()]
+        return CacheResults(
+            loaded=self.loaded + other.loaded,
+            stored=stored,
+            store_bytes=self.store_bytes + other.store_bytes,
+            store_seconds=max(self.store_seconds, other.store_seconds),
+        )

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from core.clock import Clock
 from core.errors import TransferError
-from kvcache.arena import Arena, MappedArena, add, key_summand
+from kvcache.arena import Arena, MappedArena, add
 from kvcache.orders import CacheResults, Store, Stored
 from kvcache.wire import Written
 from transport.faultpoint import FaultPoint
+
+_TOO_LATE = "the reservation's deadline has passed"
 
 
 class _Job:
@@ -25,7 +27,7 @@ class _Job:
     def __init__(self, store: Store, arena: MappedArena, num_layers: int) -> None:
         self.store = store
         self.arena = arena
-        self.digests = [key_summand(piece.key) for piece in store.pieces]
+        self.digests = [arena.first_summand(piece.key) for piece in store.pieces]
         self.missing = set(range(num_layers))
         self.why_failed = ""
 
@@ -68,6 +70,7 @@ class Storer:
             for layer in sorted(job.missing):
                 if not job.why_failed:
                     self._copy(job, layer)
+            self._seal(job)
             results.stored.append(self._stored(job))
         results.stored += self._given_up
         self._jobs, self._given_up = [], []
@@ -77,7 +80,7 @@ class Storer:
     def _copy(self, job: _Job, layer: int) -> None:
         begun_s = self._clock.monotonic_s()
         if begun_s > job.store.deadline_s:
-            job.why_failed = "the reservation's deadline has passed"
+            job.why_failed = _TOO_LATE
             return
         try:
             for index, piece in enumerate(job.store.pieces):
@@ -88,11 +91,18 @@ class Storer:
         job.missing.discard(layer)
         self._seconds += self._clock.monotonic_s() - begun_s
 
+    def _seal(self, job: _Job) -> None:
+        if self._clock.monotonic_s() > job.store.deadline_s:
+            job.why_failed = job.why_failed or _TOO_LATE
+        if not job.why_failed:
+            for piece, digest in zip(job.store.pieces, job.digests, strict=True):
+                job.arena.seal(piece.offset, digest)
+
     def _stored(self, job: _Job) -> Stored:
         store = job.store
         if job.why_failed:
             return _give_up(store)
-        self._num_bytes += len(store.pieces) * job.arena.block_bytes
+        self._num_bytes += len(store.pieces) * job.arena.part_bytes
         written = [Written(p.key, p.offset, d) for p, d in zip(store.pieces, job.digests, strict=True)]
         return Stored(store.request_id, store.epoch, written)
 

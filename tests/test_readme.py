@@ -84,8 +84,13 @@ SUPPORTED: list[tuple[str, str, str]] = [
     ),
     (
         "Tensor parallel sizes that differ (1 → 2, 2 → 1), or are equal",
-        "yes, without `--cache`",
-        "engine/test_tensor_parallel.py::test_another_tensor_parallel_size_decodes_the_same_tokens",
+        "yes",
+        "engine/test_tensor_parallel.py::test_one_rank_fills_two",
+    ),
+    (
+        "The cache behind tensor-parallel instances",
+        "yes; one size finds what that size stored",
+        "engine/test_cache_ranks.py",
     ),
     ("Pipeline, data parallel above 1", "refused by name", "cluster/test_preflight.py"),
     ("Speculative decoding, quantised KV cache", "refused by name", "cluster/test_preflight.py"),

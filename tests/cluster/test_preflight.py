@@ -43,13 +43,6 @@ def test_arguments_that_no_test_covers_are_refused(arguments: list[str], named: 
     check_arguments(arguments, plain=True)
 
 
-@pytest.mark.parametrize("given", [["--tensor-parallel-size", "2"], ["--tensor_parallel_size=2"], ["-tp", "2"]])
-def test_the_hosts_cache_behind_several_ranks_is_refused(given: list[str]) -> None:
-    with pytest.raises(UnsupportedError, match=r"tensor parallel size 2 .*--cache is not supported"):
-        check_arguments(given, plain=False, cached=True)
-    check_arguments(["-tp", "1"], plain=False, cached=True)
-
-
 @pytest.mark.parametrize(
     ("config", "ranks", "said"),
     [

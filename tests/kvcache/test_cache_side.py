@@ -9,7 +9,7 @@ import pytest
 
 from core.handoff import Handoff, Label, Peer
 from core.layout import KVLayout
-from engine.cache_side import CacheScheduler
+from engine.cache_side import CacheScheduler, Owner
 from engine.settings import ConnectorSettings
 from kvcache.client import labels
 from kvcache.keys import tenant_of
@@ -48,7 +48,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def scheduler(server: Server) -> Iterator[CacheScheduler]:
-    made = CacheScheduler(ConnectorSettings(cache=server.socket), LAYOUT, "boot", "sha256", lambda: None)
+    made = CacheScheduler(ConnectorSettings(cache=server.socket), LAYOUT, Owner("boot"), "sha256", lambda: None)
     until(lambda: made._client.is_connected, what="the connection")
     yield made
     made.close()
