@@ -1,27 +1,38 @@
-"""The loading worker: fills blocks of waiting requests from the arena, on a thread of its own.
+"""The loading worker: fills blocks of waiting requests from the arena, on threads of its own.
 
 A request whose blocks are being loaded is not scheduled, so the engine goes on with others; a block counts only after
 its digest was compared in the engine's own memory. What differs is reported, and the engine computes the prompt.
 
 Memory and threads: the engine keeps a request's blocks until its load was reported, also if its client is gone, so
-the thread always writes into blocks that are its own. One thread; the loads of one engine run one after another.
+the threads always write into blocks that are their own. The loads of one engine run one after another; the blocks of a
+large one are shared out among a few threads, since one core does not use up a memory's bandwidth.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import threading
 from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 
 from core.clock import Clock
 from core.errors import TransferError
-from kvcache.arena import Arena
-from kvcache.orders import Load, Loaded
+from kvcache.arena import Arena, MappedArena
+from kvcache.orders import Load, Loaded, Piece
 from kvcache.wire import Written
+from transport.affinity import widen_affinity
 from transport.faultpoint import FaultPoint
 
 CLOSE_TIMEOUT_S = 5.0
+MAX_THREADS = 4
+CORES_PER_THREAD = 8
+"""Of a large machine, whose other cores compute for other requests meanwhile; a small one has two threads."""
+
+MIN_SHARED_BYTES = 8 << 20
+"""A smaller load is over before another thread is awake."""
 
 
 class Loader:
@@ -34,6 +45,8 @@ class Loader:
         self._waiting: queue.SimpleQueue[Load | str | None] = queue.SimpleQueue()
         self._ended: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
         self._num_running = 0
+        self._num_threads = num_threads(os.cpu_count() or 1)
+        self._helpers = ThreadPoolExecutor(self._num_threads, "baton-cache-copy", widen_affinity)
         self._thread = threading.Thread(target=self._run, name="baton-cache-load", daemon=True)
         self._thread.start()
 
@@ -65,6 +78,7 @@ class Loader:
         """Ends the thread after the load that is under way."""
         self._waiting.put(None)
         self._thread.join(CLOSE_TIMEOUT_S)
+        self._helpers.shutdown(wait=False)
 
     def _run(self) -> None:
         while (job := self._waiting.get()) is not None:
@@ -76,15 +90,12 @@ class Loader:
 
     def _load(self, load: Load) -> Loaded:
         begun_s = self._clock.monotonic_s()
-        bad, why, num_bytes = [], "", 0
+        bad: list[Written] = []
+        why, num_bytes = "", 0
         try:
             arena = self._arena.map(load.arena_id)
             num_bytes = len(load.pieces) * arena.part_bytes
-            for index, piece in enumerate(load.pieces):
-                self._faults.reach("load", chunk=index)
-                if not arena.read_block(piece.block_id, piece.offset, piece.key, piece.digest):
-                    bad.append(Written(piece.key, piece.offset, piece.digest))
-                    break
+            bad = self._read_all(arena, load.pieces)
         except TransferError as error:
             why = str(error)
         except Exception as error:  # noqa: BLE001 - the thread must survive: a request waits for its answer
@@ -95,3 +106,32 @@ class Loader:
         tiers = Counter(piece.tier for piece in load.pieces)
         tokens = {tier: sum(piece.num_tokens for piece in load.pieces if piece.tier == tier) for tier in tiers}
         return Loaded(load.request_id, len(load.pieces), num_bytes, seconds, why, bad, dict(tiers), tokens)
+
+    def _read_all(self, arena: MappedArena, pieces: Sequence[Piece]) -> list[Written]:
+        """Reads every block; returns those that differ. Every thread has ended then, also where one raises."""
+        is_shared = self._num_threads > 1 and len(pieces) * arena.part_bytes >= MIN_SHARED_BYTES
+        if not is_shared:
+            return self._read(arena, pieces, 0, 1)
+        others = [
+            self._helpers.submit(self._read, arena, pieces, first, self._num_threads)
+            for first in range(1, self._num_threads)
+        ]
+        try:
+            bad = self._read(arena, pieces, 0, self._num_threads)
+        finally:
+            wait(others)
+        return bad + [each for other in others for each in other.result()]
+
+    def _read(self, arena: MappedArena, pieces: Sequence[Piece], first: int, step: int) -> list[Written]:
+        """Every `step`-th block from `first` on, as far as the first that differs."""
+        for index in range(first, len(pieces), step):
+            piece = pieces[index]
+            self._faults.reach("load", chunk=index)
+            if not arena.read_block(piece.block_id, piece.offset, piece.key, piece.digest):
+                return [Written(piece.key, piece.offset, piece.digest)]
+        return []
+
+
+def num_threads(num_cores: int) -> int:
+    """How many threads copy one load."""
+    return min(num_cores, max(2, min(num_cores // CORES_PER_THREAD, MAX_THREADS)))

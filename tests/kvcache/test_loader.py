@@ -1,0 +1,116 @@
+"""A load's blocks are shared out among threads: all of them right, none after the load has ended."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from core.clock import SystemClock
+from core.errors import TransferError
+from kvcache import loader as loader_module
+from kvcache.arena import Arena, MappedArena, key_summand
+from kvcache.loader import Loader, num_threads
+from kvcache.orders import Load, Loaded, Piece
+from tests.kvcache.places import BLOCK_BYTES, LAYERS, Engine, key
+from tests.poll import until
+from transport.faultpoint import FaultPoint
+from transport.mapping import Mapping, make_memfd
+
+NUM_BLOCKS = 16
+COUNT = 7
+
+
+class Kept:
+    """An engine whose blocks 0 to 6 lie in an arena too, and a loader that reads them into blocks 8 to 14."""
+
+    def __init__(self) -> None:
+        self.engine = Engine(NUM_BLOCKS)
+        num_bytes = NUM_BLOCKS * BLOCK_BYTES
+        fd = make_memfd(num_bytes)
+        self.memory = Mapping(fd, num_bytes)
+        arena = Arena(self.engine.regions, lambda: (os.dup(fd), num_bytes, "arena"))
+        mapped = arena.map()
+        os.close(fd)
+        self.pieces = []
+        for number in range(COUNT):
+            self.engine.fill(number, number)
+            offset = number * BLOCK_BYTES
+            digest = key_summand(key(number)) + sum(
+                mapped.write_layer(layer, number, offset) for layer in range(LAYERS)
+            )
+            self.pieces.append(Piece(8 + number, offset, key(number), digest % (1 << 64), "host", 128))
+        self.loader = Loader(arena, SystemClock(), FaultPoint())
+
+    def load(self, pieces: list[Piece] | None = None) -> Loaded:
+        self.loader.start(Load("r", "arena", pieces or self.pieces))
+        (loaded,) = until(self.loader.ended, what="the load's end")
+        return loaded
+
+    def close(self) -> None:
+        self.loader.close()
+        self.memory.close()
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kept]:
+    """Also small loads are shared, among three threads."""
+    monkeypatch.setattr(loader_module, "MIN_SHARED_BYTES", 1)
+    monkeypatch.setattr(loader_module, "num_threads", lambda cores: 3)
+    kept = Kept()
+    yield kept
+    kept.close()
+
+
+def test_every_block_comes_whole_whoever_reads_it(kept: Kept) -> None:
+    loaded = kept.load()
+    assert (loaded.why, loaded.num_blocks, loaded.num_bytes) == ("", COUNT, COUNT * BLOCK_BYTES)
+    assert loaded.tokens == {"host": COUNT * 128}
+    assert [kept.engine.block(8 + n) for n in range(COUNT)] == [kept.engine.block(n) for n in range(COUNT)]
+
+
+@pytest.mark.parametrize("number", range(COUNT))
+def test_a_block_that_differs_is_found_by_any_thread(kept: Kept, number: int) -> None:
+    kept.memory._mmap[number * BLOCK_BYTES + 5] ^= 1
+    loaded = kept.load()
+    assert "differs" in loaded.why
+    assert [bad.key for bad in loaded.bad] == [key(number)]
+
+
+@pytest.mark.parametrize("broken", range(3))
+def test_a_load_has_ended_only_when_no_thread_writes_any_more(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch, broken: int
+) -> None:
+    """Also where one of them has failed at once: the engine gives the blocks away when it hears of the end."""
+    ended: list[int] = []
+    read = MappedArena.read_block
+
+    def slowly(self: MappedArena, block_id: int, offset: int, block_key: bytes, digest: int) -> bool:
+        if block_id == 8 + broken:
+            raise TransferError("lies outside the arena")
+        time.sleep(0.05)
+        ended.append(block_id)
+        return read(self, block_id, offset, block_key, digest)
+
+    monkeypatch.setattr(MappedArena, "read_block", slowly)
+    loaded = kept.load()
+    assert loaded.why == "lies outside the arena"
+    num_ended = len(ended)
+    time.sleep(0.2)
+    assert len(ended) == num_ended
+    assert num_ended == COUNT - len(range(broken, COUNT, 3)), "what the others had was read"
+    monkeypatch.undo()
+    assert kept.load().why == "", "the next load finds every thread free"
+
+
+def test_a_load_of_a_few_blocks_needs_no_other_thread(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module, "MIN_SHARED_BYTES", COUNT * BLOCK_BYTES)
+    monkeypatch.setattr(kept.loader._helpers, "submit", lambda *_: pytest.fail("another thread was woken"))
+    assert kept.load(kept.pieces[:-1]).why == ""
+
+
+@pytest.mark.parametrize(("num_cores", "expected"), [(1, 1), (2, 2), (8, 2), (16, 2), (24, 3), (32, 4), (256, 4)])
+def test_most_cores_are_left_to_those_who_compute(num_cores: int, expected: int) -> None:
+    assert num_threads(num_cores) == expected
