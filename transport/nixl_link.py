@@ -104,9 +104,8 @@ class NixlLink:
         """Begins to connect."""
         self._opened.until_s = self._thread.clock.monotonic_s() + CONNECT_TIMEOUT_S
         self._thread.add(self)
-        host, _, port = self._description.address.removeprefix("tcp://").rpartition(":")
         try:
-            self._opened.socket = NixlSocket.connecting(host.strip("[]"), int(port), MAX_FRAME_BYTES)
+            self._opened.socket = NixlSocket.connecting(self._description.address, MAX_FRAME_BYTES)
         except TransferError as error:
             self.end(str(error))
             return

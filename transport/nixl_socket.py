@@ -14,15 +14,10 @@ from contextlib import suppress
 
 from core.errors import TransferError
 from transport.nixl_wire import frame_body, frame_bytes
+from transport.tcp import begin_to_connect, prepare
 
 MAX_OUTBOX_BYTES = 1 << 20
 RECEIVE_BYTES = 256 << 10
-KEEPALIVE_IDLE_S = 5
-KEEPALIVE_INTERVAL_S = 2
-KEEPALIVE_PROBES = 3
-SILENT_AFTER_MS = 11_000
-"""A peer whose kernel acknowledges nothing for so long is given up by both ends."""
-
 _SILENCE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
 
 
@@ -35,33 +30,12 @@ class NixlSocket:
         self._outbox = bytearray()
         self._inbox = bytearray()
         self.is_silent = False
-        connection.setblocking(False)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_AFTER_MS)
+        prepare(connection)
 
     @classmethod
-    def connecting(cls, host: str, port: int, max_frame_bytes: int) -> NixlSocket:
-        """Begins to connect to a numeric address. Raises TransferError if that is impossible from here."""
-        try:
-            numeric = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
-            found = socket.getaddrinfo(host, str(port), type=socket.SOCK_STREAM, flags=numeric)
-            family, kind, protocol, _, address = found[0]
-            connection = socket.socket(family, kind, protocol)
-        except (OSError, UnicodeError) as error:
-            raise TransferError(f"cannot connect to {host}:{port}: {error}") from error
-        try:
-            made = cls(connection, max_frame_bytes)
-            code = connection.connect_ex(address)
-            if code not in (0, errno.EINPROGRESS):
-                raise OSError(code, f"connecting failed with {errno.errorcode.get(code, code)}")
-        except OSError as error:
-            connection.close()
-            raise TransferError(f"cannot connect to {host}:{port}: {error}") from error
-        return made
+    def connecting(cls, address: str, max_frame_bytes: int) -> NixlSocket:
+        """Begins to connect to tcp://host:port. Raises TransferError if that is impossible from here."""
+        return cls(begin_to_connect(address), max_frame_bytes)
 
     def fileno(self) -> int:
         return self._connection.fileno()

@@ -7,20 +7,16 @@ Threading: the transport's I/O thread alone; nothing waits.
 from __future__ import annotations
 
 import errno
-import os
 import socket
 from contextlib import suppress
-from urllib.parse import urlsplit
 
 from core.errors import ConfigError, ProtocolError, TransferError
+from transport.tcp import begin_to_connect, prepare
 from transport.ucx_library import numeric_address
 from transport.ucx_wire import Hello, Refusal, Welcome, decode_greeting, encode_greeting
 
 BACKLOG = 128
 RECEIVE_BYTES = 4096
-KEEPALIVE_IDLE_S = 5
-KEEPALIVE_INTERVAL_S = 2
-KEEPALIVE_PROBES = 3
 
 
 class UcxSocket:
@@ -31,32 +27,12 @@ class UcxSocket:
         self._arrived = bytearray()
         self._unsent = b""
         self._is_greeted = False
-        connection.setblocking(False)
-        for level, option, value in (
-            (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-            (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-            (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S),
-            (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S),
-            (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES),
-        ):
-            connection.setsockopt(level, option, value)
+        prepare(connection)
 
     @classmethod
     def connect(cls, address: str) -> UcxSocket:
         """Begins to connect to tcp://host:port. Raises TransferError if that is impossible from here."""
-        parts = urlsplit(address)
-        try:
-            found = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-            family, kind, protocol, _, target = found[0]
-            connection = socket.socket(family, kind, protocol)
-        except (OSError, UnicodeError, ValueError) as error:
-            raise TransferError(f"cannot connect to {address}: {error}") from error
-        made = cls(connection)
-        code = connection.connect_ex(target)
-        if code not in (0, errno.EINPROGRESS):
-            connection.close()
-            raise TransferError(f"cannot connect to {address}: {os.strerror(code)}")
-        return made
+        return cls(begin_to_connect(address))
 
     def fileno(self) -> int:
         return self._connection.fileno()
