@@ -33,7 +33,6 @@ def baton(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["serve", "1P1D", "--transport", "rdma"], "invalid choice: 'rdma'"),
         (["serve", "1P1D", "--prefill-args", "--tensor-parallel-size 3"], "tensor parallel size 3"),
         (["serve", "1P1D", "--prefill-args", "-tp two"], "'two' is not a number of at least 1"),
-        (["serve", "1P1D", "--cache", "64M", "--decode-args", "-tp 2"], "tensor parallel size 2"),
         (["serve", "1P1D", "--decode-args", "-pp 2"], "pipeline parallel size 2"),
         (["serve", "1P1D", "--decode-args", "--port=9"], "--port is set by Baton"),
         (["serve", "1P1D", "--decode-args", "--kv-cache-memory-bytes 900G"], "too little memory"),
