@@ -35,9 +35,9 @@ class StepOrders(KVConnectorMetadata):
 
 @dataclass
 class StepResults(KVConnectorWorkerMetadata):
-    """Worker to scheduler, every step. arrived: waiting requests that are reported to vLLM now, by
-    each rank once. num_watched:
-    transfers and hand-offs whose end comes without a message; num_loading: loads from the cache, likewise."""
+    """Worker to scheduler, every step. arrived: waiting requests that are reported to vLLM now, by each rank once.
+    num_watched: transfers and hand-offs whose end comes without a message; num_loading: loads from the cache,
+    likewise."""
 
     push: PushResults = field(default_factory=PushResults)
     land: LandResults = field(default_factory=LandResults)

@@ -16,7 +16,7 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from core.clock import Clock
 from core.errors import TransferError
@@ -112,11 +112,12 @@ class Loader:
         is_shared = self._num_threads > 1 and len(pieces) * arena.part_bytes >= MIN_SHARED_BYTES
         if not is_shared:
             return self._read(arena, pieces, 0, 1)
-        others = [
-            self._helpers.submit(self._read, arena, pieces, first, self._num_threads)
-            for first in range(1, self._num_threads)
-        ]
+        others: list[Future[list[Written]]] = []
         try:
+            others.extend(
+                self._helpers.submit(self._read, arena, pieces, first, self._num_threads)
+                for first in range(1, self._num_threads)
+            )
             bad = self._read(arena, pieces, 0, self._num_threads)
         finally:
             wait(others)

@@ -223,7 +223,7 @@ class UcxCaller:
         return self._receive_ahead(peer, frame) or self._receive_arrived(peer, frame)
 
     def _receive_ahead(self, peer: UcxPeer, frame: Data) -> bool:
-        """Asks for a payload that may not be here yet, if it is one for a room."""
+        """Asks for a payload that may not be here yet, if it is one for a room. Raises TransferError if UCX refuses."""
         receiver = self._receiver
         if not receiver.worker.is_tcp_alone:
             return False
@@ -236,7 +236,11 @@ class UcxCaller:
         room = receiver.rooms.lend_ahead(len(frame.ids) * frame.num_bytes)
         if room is None:
             return False
-        request = peer.receive_ahead(payload_tag(self._id, frame.number), room.array)
+        try:
+            request = peer.receive_ahead(payload_tag(self._id, frame.number), room.array)
+        except TransferError:
+            receiver.rooms.give_back(room)
+            raise
         self._running.append(_Running(frame, request, room))
         return True
 

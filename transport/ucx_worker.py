@@ -226,8 +226,11 @@ class UcxPeer:
 
     def receive_ahead(self, tag: int, into: Any) -> Any:
         """Asks for a payload of this peer that may not be here yet; a request of the library, which the peer's `close`
-        ends."""
-        return self._endpoint.tag_recv(into, self._library.UCXXTag(tag))
+        ends. Raises TransferError if the library refuses."""
+        try:
+            return self._endpoint.tag_recv(into, self._library.UCXXTag(tag))
+        except Exception as error:  # ucxx raises a class of its own per status
+            raise TransferError(f"UCX receives nothing from it: {error}") from error
 
     def failure(self) -> str:
         """Why nothing can be sent any more; empty while it works. Forgets what has left."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from core.errors import TransferError
 from tests.poll import until
 from tests.transport.memory import Owned
 from tests.transport.ucx_stranger import Stranger, num_rooms_lent
@@ -17,7 +18,7 @@ from transport.ucx_library import Lease
 from transport.ucx_receiver import MAX_RUNNING, UcxCaller
 from transport.ucx_rooms import MARK_BYTES, MAX_ROOMS
 from transport.ucx_wire import decode_description
-from transport.ucx_worker import UcxWorker
+from transport.ucx_worker import UcxPeer, UcxWorker
 
 pytestmark = [
     pytest.mark.ucx,
@@ -138,6 +139,23 @@ def test_a_peer_that_goes_leaves_its_rooms(waiting: Waiting) -> None:
         until(lambda: num_rooms_lent(waiting.receiver) == 0, 5.0, "its rooms are free again")
     waiting.check_empty()
     waiting.check_serves()
+
+
+def test_a_receive_that_ucx_refuses_ends_its_connection_alone(
+    waiting: Waiting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(peer: UcxPeer, tag: int, into: object) -> object:
+        raise TransferError("UCX receives nothing from it")
+
+    waiting.receiver.expect("t", APART)
+    monkeypatch.setattr(UcxPeer, "receive_ahead", refuses)
+    stranger = waiting.stranger()
+    stranger.frames(Data(0, "t", 0, APART, 0, 4096))
+    until(stranger.is_hung_up_on, 5.0, "the receiver hangs up")
+    assert num_rooms_lent(waiting.receiver) == 0
+    monkeypatch.undo()
+    waiting.check_serves()
+    stranger.close_at_once()
 
 
 def test_peers_that_keep_every_room_waiting_hold_up_nobody(waiting: Waiting) -> None:
