@@ -1,7 +1,7 @@
 """Blocks over UCX: RDMA where there is any, TCP elsewhere, GPU memory too; every byte counted and acknowledged.
 
     engine's thread                      I/O thread (owns the UCX worker and every socket)
-    write ──▶ queue ─── doorbell ──▶ UcxLink, one per peer ═══ UCX ═══▶ UcxReceiver, UcxCaller ──▶ landing, own regions
+    write ──▶ queue ─── doorbell ──▶ UcxLink, one per peer ═══ UCX ═══▶ UcxCaller, UcxPayloads ──▶ landing, own regions
 
 Endpoints are made through `ucxx`, in its synchronous API; why that one, and what UCX cannot protect us from, stands in
 docs/design/0015-ucx.md. In short: it is for networks whose hosts trust each other.

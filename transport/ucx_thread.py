@@ -22,9 +22,10 @@ from core.clock import Clock
 from core.errors import BatonError, TransferError
 from transport.affinity import widen_affinity
 from transport.doorbell import Doorbell
+from transport.ucx_caller import GREETING_TIMEOUT_S, UcxCaller
 from transport.ucx_library import make_current
 from transport.ucx_link import UcxLink
-from transport.ucx_receiver import GREETING_TIMEOUT_S, UcxCaller, UcxReceiver
+from transport.ucx_receiver import UcxReceiver
 from transport.ucx_socket import UcxDoor, UcxSocket
 from transport.ucx_worker import UcxWorker
 

@@ -7,18 +7,14 @@ from typing import Any
 import pytest
 
 from cluster.launcher import Cluster
-from tests.engine.client import Answer, ask, ask_all, record
+from tests.engine.client import ask, ask_all, record
 from tests.engine.prompts import BLOCK, token_prompt
-from tests.engine.test_cache import BIG, completion, figures, flip, settled, tokens_of
+from tests.engine.test_cache import BIG, check_equal, completion, figures, flip, settled, tokens_of
 from tests.engine.test_tensor_parallel import ranks
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 LENGTHS = (BLOCK + 1, 3 * BLOCK, 700, 1300)  # of the first, one block is kept
-
-
-def check_equal(ours: list[Answer], theirs: list[Answer]) -> None:
-    assert [answer.outcome() for answer in ours] == [answer.outcome() for answer in theirs]
 
 
 def test_two_ranks_find_what_two_ranks_stored_before_a_restart(start: Any, plain: Cluster) -> None:

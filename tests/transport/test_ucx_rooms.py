@@ -14,8 +14,9 @@ from transport import schemes
 from transport.conformance_pair import finish
 from transport.frames import Data
 from transport.ucx import UcxTransport
+from transport.ucx_caller import UcxCaller
 from transport.ucx_library import Lease
-from transport.ucx_receiver import MAX_RUNNING, UcxCaller
+from transport.ucx_payloads import MAX_RUNNING
 from transport.ucx_rooms import MARK_BYTES, MAX_ROOMS
 from transport.ucx_wire import decode_description
 from transport.ucx_worker import UcxPeer, UcxWorker
