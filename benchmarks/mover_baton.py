@@ -8,6 +8,7 @@ from __future__ import annotations
 from benchmarks.kv_pool import Pool
 from benchmarks.mover import Job, Pause, wait_until
 from core.errors import TransferError
+from transport import native
 from transport.base import Blocks, Endpoint, Landing, Transfer, TransferState, Transport
 
 
@@ -15,6 +16,7 @@ class TransportSender:
     """See benchmarks/mover.py."""
 
     def __init__(self, transport: Transport, pool: Pool) -> None:
+        native.compile_now()
         self._transport = transport
         for region in pool.regions():
             transport.register(region)

@@ -23,14 +23,10 @@ from core.errors import TransferError
 from kvcache.arena import Arena, MappedArena
 from kvcache.orders import Load, Loaded, Piece
 from kvcache.wire import Written
-from transport.affinity import widen_affinity
+from transport.affinity import num_copying_threads, widen_affinity
 from transport.faultpoint import FaultPoint
 
 CLOSE_TIMEOUT_S = 5.0
-MAX_THREADS = 4
-CORES_PER_THREAD = 8
-"""Of a large machine, whose other cores compute for other requests meanwhile; a small one has two threads."""
-
 MIN_SHARED_BYTES = 8 << 20
 """A smaller load is over before another thread is awake."""
 
@@ -45,7 +41,7 @@ class Loader:
         self._waiting: queue.SimpleQueue[Load | str | None] = queue.SimpleQueue()
         self._ended: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
         self._num_running = 0
-        self._num_threads = num_threads(os.cpu_count() or 1)
+        self._num_threads = num_copying_threads(os.cpu_count() or 1)
         self._helpers = ThreadPoolExecutor(self._num_threads, "baton-cache-copy", widen_affinity)
         self._thread = threading.Thread(target=self._run, name="baton-cache-load", daemon=True)
         self._thread.start()
@@ -131,8 +127,3 @@ class Loader:
             if not arena.read_block(piece.block_id, piece.offset, piece.key, piece.digest):
                 return [Written(piece.key, piece.offset, piece.digest)]
         return []
-
-
-def num_threads(num_cores: int) -> int:
-    """How many threads copy one load."""
-    return min(num_cores, max(2, min(num_cores // CORES_PER_THREAD, MAX_THREADS)))

@@ -1,10 +1,20 @@
-"""On which cores a transport's own thread may run: it inherits those of whoever starts it, the core that computes."""
+"""On which cores a transport's own threads may run, and how many of them copy: a thread inherits the cores of whoever
+starts it, which is the core that computes."""
 
 from __future__ import annotations
 
 import os
 from contextlib import suppress
 from pathlib import Path
+
+MAX_COPYING_THREADS = 4
+CORES_PER_COPYING_THREAD = 8
+"""Of a large machine, whose other cores compute for other requests meanwhile; a small one has two threads."""
+
+
+def num_copying_threads(num_cores: int) -> int:
+    """How many threads share one large copy."""
+    return min(num_cores, max(2, min(num_cores // CORES_PER_COPYING_THREAD, MAX_COPYING_THREADS)))
 
 
 def widen_affinity() -> None:

@@ -1,14 +1,15 @@
 """Copies blocks between two registered memories: which bytes go where is worked out once, and used for every layer.
 
-    block ids of a hand-off, shapes of two regions ──▶ CopyPlan, remembered ──▶ of every layer: slice = slice, ...
+    block ids of a hand-off, shapes of two regions ──▶ CopyPlan, remembered ──▶ of every layer: one call
 
 A model has a write per layer, all of the same blocks, so what surrounds a copy counts.
 
 Memory model: addresses are raw: only what `transport.regions.resolve` let pass comes here. The last
-PLANS_KEPT plans are kept, each of at most MAX_PIECES_KEPT pieces (0.3 kB per piece, so 20 MB at the very most);
+PLANS_KEPT plans are kept, each of at most MAX_PIECES_KEPT pieces (0.2 kB per piece, so 50 MB at the very most);
 longer lists have several.
-Threading: pure functions. Small pieces are assigned between two views, under the interpreter's lock, at a third of what
-a foreign call costs; large ones are copied by foreign calls, outside of it.
+Threading: pure functions. Once its loop is compiled (transport/native.py), a plan is one foreign call outside the
+interpreter's lock, and several threads can have a share of it each (transport/shared_copies.py). Until then small
+pieces are assigned between two views, under the lock, at a third of what a foreign call costs.
 """
 
 from __future__ import annotations
@@ -16,39 +17,74 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from core.errors import TransferError
 from transport.base import Blocks, Region
+from transport.native import Table, copy_pieces, table_of
 from transport.regions import Span, check_pairing, known_ids, known_view, resolve
 from transport.runs import runs
 
 LARGEST_ASSIGNED_BYTES = 256 << 10
 """Some 50 us, for which no other thread of the process runs Python."""
 
-MAX_PIECES_KEPT = 512
+SHARE_BYTES = 1 << 20
+"""What one thread takes of a large copy at a time, some 200 us: whoever takes the interpreter's lock for the next share
+may wait for it."""
+
+MAX_PIECES_KEPT = 2048
 PLANS_KEPT = 128
 """The hand-offs of one forward pass write by turns, layer by layer: as many as there may be."""
 
 
-class CopyPlan(NamedTuple):
-    """slices: small pieces, from and to; moves: large ones, from, to and bytes. Both count from the first block's first
-    byte of either side, as do from_extent and to_extent, bytes up to the last block's last byte."""
+class Share(NamedTuple):
+    """Pieces of a plan, first .. last-1, that one thread copies."""
 
-    slices: Sequence[tuple[slice, slice]]
-    moves: Sequence[tuple[int, int, int]]
-    from_extent: int
-    to_extent: int
+    first: int
+    last: int
+    num_bytes: int
+
+
+class CopyPlan:
+    """What a list of block pairs copies, between regions of two shapes. runs: first blocks and number of blocks of each
+    piece. shares: all pieces, in order, some SHARE_BYTES at a time."""
+
+    __slots__ = ("_from_extent", "_pieces", "_table", "_to_extent", "num_bytes", "shares")
+
+    def __init__(self, runs: Sequence[tuple[int, int, int]], source: _Side, target: _Side) -> None:
+        size = source.num_bytes
+        self._pieces = [
+            (from_id * source.stride, to_id * target.stride, count * size)
+            for from_id, to_id, count in _cut(runs, max(SHARE_BYTES // size, 1))
+        ]
+        self.shares = _shares(self._pieces)
+        self.num_bytes = sum(share.num_bytes for share in self.shares)
+        self._from_extent, self._to_extent = source.extent(), target.extent()
+        self._table: Table | None = None
 
     def carry_out(self, from_address: int, to_address: int) -> None:
-        """Copies between two regions of the shapes that it was made for."""
-        if self.slices:
-            source, target = known_view(from_address, self.from_extent), known_view(to_address, self.to_extent)
-            for from_slice, to_slice in self.slices:
-                target[to_slice] = source[from_slice]
-        for from_at, to_at, num_bytes in self.moves:
-            ctypes.memmove(to_address + to_at, from_address + from_at, num_bytes)
+        """Copies between two regions of these shapes, from first block to first block."""
+        if len(self._pieces) < 2 or copy_pieces() is None:
+            self._assign(from_address, to_address)
+        else:
+            self.carry_out_compiled(0, len(self._pieces), [(from_address, to_address)])
+
+    def carry_out_compiled(self, first: int, last: int, addresses: Sequence[tuple[int, int]]) -> None:
+        """Copies some pieces between each of several pairs of regions. Only where the loop is compiled."""
+        copy = copy_pieces()
+        assert copy is not None
+        if self._table is None:
+            self._table = table_of(self._pieces)
+        copy(self._table, first, last, table_of(addresses))
+
+    def _assign(self, from_address: int, to_address: int) -> None:
+        source, target = known_view(from_address, self._from_extent), known_view(to_address, self._to_extent)
+        for from_at, to_at, num_bytes in self._pieces:
+            if num_bytes <= LARGEST_ASSIGNED_BYTES:
+                target[to_at : to_at + num_bytes] = source[from_at : from_at + num_bytes]
+            else:
+                ctypes.memmove(to_address + to_at, from_address + from_at, num_bytes)
 
 
 def plan_of(source: Region, local: Blocks, target: Region, remote: Blocks) -> CopyPlan | None:
@@ -66,13 +102,18 @@ def plan_of(source: Region, local: Blocks, target: Region, remote: Blocks) -> Co
 
 def copy_pairs(source: Span, source_ids: Sequence[int], target: Span, target_ids: Sequence[int]) -> None:
     """Copies block by block, or run by run where both sides are dense and consecutive."""
+    for plan in plans_of(source, source_ids, target, target_ids):
+        plan.carry_out(source.address(0), target.address(0))
+
+
+def plans_of(source: Span, source_ids: Sequence[int], target: Span, target_ids: Sequence[int]) -> Iterator[CopyPlan]:
+    """Plans between the two spans' first blocks, for lists of any length."""
     if len(source_ids) != len(target_ids):
         raise ValueError(f"{len(source_ids)} pieces cannot be copied to {len(target_ids)} places")
     sides = [_Side(span.num_bytes, span.region.stride, span.region.num_blocks) for span in (source, target)]
     for at in range(0, len(source_ids), MAX_PIECES_KEPT):
         some = slice(at, at + MAX_PIECES_KEPT)
-        plan = _plan(tuple(source_ids[some]), tuple(target_ids[some]), *sides)
-        plan.carry_out(source.address(0), target.address(0))
+        yield _plan(tuple(source_ids[some]), tuple(target_ids[some]), *sides)
 
 
 class _Side(NamedTuple):
@@ -106,14 +147,29 @@ def _known_fitting_plan(
 
 @functools.lru_cache(maxsize=PLANS_KEPT)
 def _plan(source_ids: tuple[int, ...], target_ids: tuple[int, ...], source: _Side, target: _Side) -> CopyPlan:
-    size, slices, moves = source.num_bytes, [], []
-    for from_id, to_id, count in _pieces(source_ids, target_ids, source, target):
-        from_at, to_at, num_bytes = from_id * source.stride, to_id * target.stride, count * size
-        if num_bytes > LARGEST_ASSIGNED_BYTES:
-            moves.append((from_at, to_at, num_bytes))
-        else:
-            slices.append((slice(from_at, from_at + num_bytes), slice(to_at, to_at + num_bytes)))
-    return CopyPlan(slices, moves, source.extent(), target.extent())
+    return CopyPlan(list(_pieces(source_ids, target_ids, source, target)), source, target)
+
+
+def _cut(runs: Sequence[tuple[int, int, int]], most: int) -> Iterable[tuple[int, int, int]]:
+    """The same blocks in runs of no more than so many."""
+    if len(runs) == 0 or max(count for _, _, count in runs) <= most:
+        return runs
+    return (
+        (from_id + at, to_id + at, min(most, count - at))
+        for from_id, to_id, count in runs
+        for at in range(0, count, most)
+    )
+
+
+def _shares(pieces: Sequence[tuple[int, int, int]]) -> list[Share]:
+    """In order, each complete as soon as it has SHARE_BYTES."""
+    shares, first, num_bytes = [], 0, 0
+    for last, piece in enumerate(pieces, 1):
+        num_bytes += piece[2]
+        if num_bytes >= SHARE_BYTES or last == len(pieces):
+            shares.append(Share(first, last, num_bytes))
+            first, num_bytes = last, 0
+    return shares
 
 
 def _pieces(

@@ -7,7 +7,8 @@
 Memory model: the owner's regions lie in memories that `allocate` made; a region elsewhere can be a source or a read
 target but is not described to peers. A mapping lives until its last reference goes, so the engine's tensors outlive
 `close`. One-sided: a landing cannot refuse; its fence is the sender's word, or the end of the sender's connection.
-Threading: one thread listens (transport/shm_listener.py); see transport/shm_endpoint.py for the connector's.
+Threading: one thread listens (transport/shm_listener.py); see transport/shm_endpoint.py for the connector's, and
+transport/shared_copies.py for those that help it copy.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import os
 from collections.abc import Sequence
 
 from core.errors import TransferError
+from transport import native
 from transport.base import Blocks, Region
 from transport.landing import expected_positions
 from transport.mapping import Mapping, make_memfd
 from transport.regions import check_region, check_words
+from transport.shared_copies import Helpers
 from transport.shm_endpoint import ShmEndpoint
 from transport.shm_listener import Greeting, Letterbox, ShmLanding, ShmListener
 from transport.shm_wire import (
@@ -54,6 +57,7 @@ class ShmTransport:
         self._memories: list[Mapping] = []
         self._memfds: list[int] = []
         self._box = Letterbox()
+        self._helpers = Helpers()
         self._listener: ShmListener | None = None
         self._is_closed = False
 
@@ -93,12 +97,13 @@ class ShmTransport:
 
     def connect(self, description: bytes) -> ShmEndpoint:
         self._check_open()
+        native.prepare()
         parsed = decode_description(description)
         if parsed.host_id != host_id():
             raise TransferError("the peer's memory is on another host, or in another container")
         if parsed.uid != os.getuid():
             raise TransferError(f"the peer runs as user {parsed.uid}, we as {os.getuid()}")
-        return ShmEndpoint(self._regions, parsed, self._listener)
+        return ShmEndpoint(self._regions, parsed, self._helpers, self._listener)
 
     def expect(self, tag: str, blocks: Sequence[Blocks]) -> ShmLanding:
         check_words(tag, None)
@@ -108,6 +113,7 @@ class ShmTransport:
     def close(self) -> None:
         """Hangs up. Endpoints are closed by their owners; mapped memory stays while it is referenced."""
         self._is_closed = True
+        self._helpers.close()
         if self._listener is not None:
             self._listener.close()
         for fd in self._memfds:

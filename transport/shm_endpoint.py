@@ -1,12 +1,15 @@
 """The connector's side of the shm transport: copies into the owner's memory, then says so.
 
     write ──▶ waiting (in order) ──▶ Opening(tag) once ──▶ memmove ──▶ Finished(tag, notice)
+                                                           small: within `write`; large: shared with helpers
 
-Memory model: no copy runs but under the endpoint's lock, and `close` unmaps under the same lock.
-Threading: a short-lived thread connects and then carries out the writes that waited for it. Afterwards a write is
-carried out within `write`, which hears of an owner that is gone only where it says something to it (the opening and
-the notice); `poll` and `failure` ask, and the transport's listener tells at once, so that the memory of a dead owner is
-not kept. Only where the owner does not empty its socket does a write wait, for `poll`.
+Memory model: copies begin under the endpoint's lock; `close` waits for those that helpers have begun
+(transport/shared_copies.py) and unmaps under the same lock.
+Threading: a short-lived thread connects and then carries out the writes that waited for it. Afterwards small copies are
+made within `write`; large ones by helpers, until a notice or a read has to wait for them and takes part. A write hears
+of an owner that is gone only where it says something to it (the opening and the notice); `poll` and `failure` ask, and
+the transport's listener tells at once, so that the memory of a dead owner is not kept. Only where the owner does not
+empty its socket does a write wait, for `poll`.
 """
 
 from __future__ import annotations
@@ -17,23 +20,23 @@ from collections.abc import Mapping
 
 from core.errors import TransferError
 from transport.base import Blocks, Region, Transfer, TransferState
-from transport.copying import copy_pairs, plan_of
+from transport.copying import plan_of, plans_of
 from transport.order import Order, order_read, order_write
+from transport.shared_copies import Copied, Copy, Helpers, SharedCopies
 from transport.shm_link import ShmLink
 from transport.shm_listener import ShmListener
 from transport.shm_wire import Finished, ShmDescription
-from transport.transfer import SettledTransfer
-
-_DONE = SettledTransfer()
 
 
 class ShmTransfer:
-    """One copy. Its state is changed by its endpoint alone, under the endpoint's lock."""
+    """One copy with a notice or an opening, or a read. Its state is changed by its endpoint alone, under the endpoint's
+    lock."""
 
     def __init__(self, endpoint: ShmEndpoint, order: Order) -> None:
         self._endpoint = endpoint
         self.order = order
         self.is_copied = False
+        self.copy_s = 0.0
         self.state = TransferState.RUNNING
         self.why_failed = ""
 
@@ -59,9 +62,15 @@ class ShmEndpoint:
     at once of an owner that is gone, so that its memory is not kept."""
 
     def __init__(
-        self, regions: Mapping[int, Region], description: ShmDescription, listener: ShmListener | None = None
+        self,
+        regions: Mapping[int, Region],
+        description: ShmDescription,
+        helpers: Helpers,
+        listener: ShmListener | None = None,
     ) -> None:
         self._regions = regions
+        self._helpers = helpers
+        self._copies = SharedCopies(helpers)
         self._remote = {region.id: region.at(0) for region in description.regions}
         self._listener = listener
         self._lock = threading.Lock()
@@ -72,8 +81,8 @@ class ShmEndpoint:
         threading.Thread(target=self._connect, args=(description,), name="baton-shm-connect", daemon=True).start()
 
     def write(self, tag: str, local: Blocks, remote: Blocks, notice: bytes | None = None) -> Transfer:
-        if notice is None and self._copied_at_once(tag, local, remote):
-            return _DONE
+        if notice is None and (copy := self._copied_at_once(tag, local, remote)) is not None:
+            return copy
         return self._start(order_write(self._regions, self._remote, tag, local, remote, notice))
 
     def read(self, remote: Blocks, local: Blocks) -> ShmTransfer:
@@ -101,21 +110,20 @@ class ShmEndpoint:
         with self._lock:
             transfer.fail("cancelled")
 
-    def _copied_at_once(self, tag: str, local: Blocks, remote: Blocks) -> bool:
+    def _copied_at_once(self, tag: str, local: Blocks, remote: Blocks) -> Copy | Copied | None:
         """The short way of most writes: nothing waits before it and the owner need not hear of it. A model has a write
-        per layer, so what surrounds the copy counts: this way costs half of the other. False: take the other."""
+        per layer, so what surrounds the copy counts: this way costs half of the other. None: take the other."""
         with self._lock:
             link = self._link
             if link is None or not self._is_ready or self._waiting or not link.owner.has_announced(tag):
-                return False
+                return None
             source, target = self._regions.get(local.region), link.regions.get(remote.region)
             if source is None or target is None:
-                return False
+                return None
             plan = plan_of(source, local, target, remote)
             if plan is None:
-                return False
-            plan.carry_out(source.address + local.start, target.address + remote.start)
-            return True
+                return None
+            return self._copies.start(plan, source.address + local.start, target.address + remote.start)
 
     def _start(self, order: Order) -> ShmTransfer:
         transfer = ShmTransfer(self, order)
@@ -130,6 +138,7 @@ class ShmEndpoint:
 
     def _connect(self, description: ShmDescription) -> None:
         """The connecting thread: ends when everything that waited is carried out, or the peer cannot be reached."""
+        self._helpers.start()
         try:
             link = ShmLink(description)
         except TransferError as error:
@@ -178,11 +187,19 @@ class ShmEndpoint:
         if order.tag is not None and not link.owner.announce(order.tag):
             return False
         if not transfer.is_copied:
-            copy_pairs(*order.source, *order.target)
+            transfer.copy_s = self._copy(order)
             transfer.is_copied = True
         if order.tag is None or order.notice is None:
             return True
         return link.owner.send(Finished(order.tag, order.notice))
+
+    def _copy(self, order: Order) -> float:
+        """Together with all that was begun before it. Returns the seconds that copying this took."""
+        (source, source_ids), (target, target_ids) = order.source, order.target
+        plans = plans_of(source, source_ids, target, target_ids)
+        copies = [self._copies.start(plan, source.address(0), target.address(0)) for plan in plans]
+        self._copies.finish()
+        return sum(copy.copy_s for copy in copies)
 
     def _hung_up(self) -> None:
         self._fail("the peer hung up")
@@ -197,6 +214,7 @@ class ShmEndpoint:
         for transfer in self._waiting:
             transfer.fail(self._why_failed)
         self._waiting.clear()
+        self._copies.drop(self._why_failed)
         if self._link is not None:
             if self._listener is not None:
                 self._listener.unwatch(self._link.owner.fd)

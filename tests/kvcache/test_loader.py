@@ -12,10 +12,11 @@ from core.clock import SystemClock
 from core.errors import TransferError
 from kvcache import loader as loader_module
 from kvcache.arena import Arena, MappedArena, key_summand
-from kvcache.loader import Loader, num_threads
+from kvcache.loader import Loader
 from kvcache.orders import Load, Loaded, Piece
 from tests.kvcache.places import BLOCK_BYTES, LAYERS, Engine, key
 from tests.poll import until
+from transport.affinity import num_copying_threads
 from transport.faultpoint import FaultPoint
 from transport.mapping import Mapping, make_memfd
 
@@ -58,7 +59,7 @@ class Kept:
 def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kept]:
     """Also small loads are shared, among three threads."""
     monkeypatch.setattr(loader_module, "MIN_SHARED_BYTES", 1)
-    monkeypatch.setattr(loader_module, "num_threads", lambda cores: 3)
+    monkeypatch.setattr(loader_module, "num_copying_threads", lambda cores: 3)
     kept = Kept()
     yield kept
     kept.close()
@@ -113,4 +114,4 @@ def test_a_load_of_a_few_blocks_needs_no_other_thread(kept: Kept, monkeypatch: p
 
 @pytest.mark.parametrize(("num_cores", "expected"), [(1, 1), (2, 2), (8, 2), (16, 2), (24, 3), (32, 4), (256, 4)])
 def test_most_cores_are_left_to_those_who_compute(num_cores: int, expected: int) -> None:
-    assert num_threads(num_cores) == expected
+    assert num_copying_threads(num_cores) == expected

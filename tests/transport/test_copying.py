@@ -1,21 +1,38 @@
-"""Copies between block lists: every pair in its place, whatever runs the ids form and however large a piece is."""
+"""Copies between block lists: every pair in its place, whatever runs the ids form and however large a piece is, by the
+compiled loop and by Python."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from transport import native
 from transport.base import Blocks, Region
-from transport.copying import LARGEST_ASSIGNED_BYTES, MAX_PIECES_KEPT, copy_pairs, plan_of
+from transport.copying import LARGEST_ASSIGNED_BYTES, MAX_PIECES_KEPT, SHARE_BYTES, copy_pairs, plan_of
 from transport.regions import Span
 
 NUM_BLOCKS = 12
+
+
+@pytest.fixture(autouse=True, scope="module", params=["compiled", "python"])
+def _loop(request: pytest.FixtureRequest) -> Iterator[None]:
+    native.compile_now()
+    compiled = native.copy_pieces()
+    if request.param == "compiled" and compiled is None:
+        pytest.skip("needs numba, which comes with vLLM")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_copy_pieces", compiled if request.param == "compiled" else None)
+        yield
+
+
 ids = st.lists(st.integers(0, NUM_BLOCKS - 1), unique=True, max_size=NUM_BLOCKS)
 
 
+@settings(deadline=None)
 @given(ids, ids, st.sampled_from([(8, 8), (8, 11), (LARGEST_ASSIGNED_BYTES + 8, LARGEST_ASSIGNED_BYTES + 8)]))
 def test_every_pair_is_copied_and_nothing_else(left: list[int], right: list[int], sizes: tuple[int, int]) -> None:
     count = min(len(left), len(right))
@@ -84,3 +101,18 @@ def test_what_does_not_fit_has_no_plan_also_when_asked_again(local: Blocks, remo
     for _ in range(2):
         assert plan_of(region, local, region, remote) is None
     assert plan_of(region, Blocks(0, (0, 1)), region, Blocks(0, (2, 3))) is not None
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "shares"), [(5, SHARE_BYTES // 4, 2), (40, 64 << 10, 3), (2, SHARE_BYTES + 4, 2)]
+)
+def test_a_plans_shares_are_all_of_its_pieces_in_order(count: int, size: int, shares: int) -> None:
+    """Neighbours, which are one piece where a share is large enough for it, and strangers."""
+    region = Region(0, 0, size, size, 2 * count)
+    for numbers in (tuple(range(count)), tuple(range(0, 2 * count, 2))):
+        plan = plan_of(region, Blocks(0, numbers), region, Blocks(0, numbers))
+        assert plan is not None
+        assert plan.num_bytes == count * size
+        assert [share.first for share in plan.shares] == [0, *(share.last for share in plan.shares[:-1])]
+        assert sum(share.num_bytes for share in plan.shares) == count * size
+        assert len(plan.shares) == shares

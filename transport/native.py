@@ -1,0 +1,76 @@
+"""A list of copies as one foreign call, outside the interpreter's lock: a loop over memcpy, compiled by numba.
+
+    pieces: from, to, bytes ┐
+    addresses: from, to     ├──▶ pieces first .. last-1 of each pair of addresses: 1 us around nothing but memcpy
+    first, last             ┘
+
+numba comes with vLLM. Importing it and compiling take most of a second, so a thread does both, once per process, as
+soon as somebody is going to copy; until then, and where there is no numba, Python copies piece by piece.
+
+Memory model: addresses are raw; the caller has checked them.
+Threading: anything from any thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Table = Any
+"""A numpy array of int64, contiguous, of two dimensions."""
+
+CopyPieces = Callable[[Table, int, int, Table], None]
+"""(pieces: from, to and bytes, counting from a pair of addresses; first; last; addresses: pairs of from and to)"""
+
+_lock = threading.Lock()
+_is_tried = False
+_copy_pieces: CopyPieces | None = None
+
+
+def copy_pieces() -> CopyPieces | None:
+    """The compiled loop; None where there is none, or not yet."""
+    return _copy_pieces
+
+
+def table_of(rows: Sequence[tuple[int, ...]]) -> Table:
+    """What the compiled loop reads. Only where there is one: then numpy is there, too. Rows: at least one."""
+    import numpy
+
+    return numpy.array(rows, dtype=numpy.int64)
+
+
+def prepare() -> None:
+    """Has it compiled, by a thread; does not wait."""
+    if not _is_tried:
+        threading.Thread(target=compile_now, name="baton-compile", daemon=True).start()
+
+
+def compile_now() -> None:
+    """Has it compiled, and waits. Does nothing the second time."""
+    global _is_tried, _copy_pieces
+    with _lock:
+        if not _is_tried:
+            _copy_pieces = _compiled()
+            _is_tried = True
+
+
+def _compiled() -> CopyPieces | None:
+    try:
+        import numba
+        from numba.core import types
+    except Exception:  # noqa: BLE001 - an import that fails in whatever way leaves us with Python
+        return None
+    memcpy = types.ExternalFunction("memcpy", types.voidptr(types.uintp, types.uintp, types.uintp))
+
+    @numba.njit("void(int64[:, ::1], int64, int64, int64[:, ::1])", nogil=True)  # type: ignore[untyped-decorator]
+    def copy(pieces: Table, first: int, last: int, addresses: Table) -> None:
+        for pair in range(addresses.shape[0]):
+            for piece in range(first, last):
+                memcpy(
+                    types.uintp(addresses[pair, 1] + pieces[piece, 1]),
+                    types.uintp(addresses[pair, 0] + pieces[piece, 0]),
+                    types.uintp(pieces[piece, 2]),
+                )
+
+    return copy  # type: ignore[no-any-return]
