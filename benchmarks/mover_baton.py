@@ -56,6 +56,7 @@ class TransportReceiver:
     """See benchmarks/mover.py."""
 
     def __init__(self, transport: Transport, pool: Pool) -> None:
+        native.compile_now()
         self._transport = transport
         self._regions = pool.regions()
         for region in self._regions:

@@ -13,11 +13,12 @@ from benchmarks.table import finding_lines, markdown_table, memcpy_lines, part_l
 _HOW = f"""\
 Every system runs at once and is asked alone, by turns, beginning with another one each time; prompts are random tokens
 that never repeat. Times are the client's, through the same proxy for all. One decode step is plain vLLM's median gap
-between two tokens. *Writes* is the bytes over the time that the prefill worker spent inside its writes, with their
-checks and without the digest. The memcpy copies the same number of blocks of the same size, layer by layer and chunk by
-chunk, between two shared memories of the KV cache's size, on the prefill core, beside each repeat (median of {PASSES}
-passes each): *cold* after the processor's caches were swept, *warm* with each layer's source written
-immediately before, which is closer to what a push meets. *Landed* is when the decode worker has checked everything."""
+between two tokens. *Copying* is the bytes over the time that the prefill worker's threads together spent copying
+them (shm; elsewhere others move the bytes). The memcpy copies the same number of blocks of the same size, layer by
+layer and chunk by chunk, between two shared memories of the KV cache's size, on the prefill core, beside each repeat
+(median of {PASSES} passes each): *cold* after the processor's caches were swept, *warm* with each layer's source
+written immediately before, which is closer to what a push meets. *Landed* is when the decode worker has checked
+everything."""
 
 
 def markdown(run: Run) -> str:

@@ -14,8 +14,8 @@ from benchmarks.systems import Recipe
 class Handover(msgspec.Struct, frozen=True):
     """One hand-off, from the proxy's record.
 
-    write_ms: the prefill worker's time inside Endpoint.write with its checks. Over shm this is the copy itself; over
-        zmq the bytes move later, on another thread.
+    write_ms: the prefill worker's time inside Endpoint.write with its checks; most bytes move on other threads.
+    copy_ms: what all threads of the prefill worker together spent copying; 0 where others move the bytes (not shm).
     digest_ms: beside it, for the digest (over shm four cache lines of each block, over zmq every byte); None where the
         record does not tell it.
     moving_to_landed_ms: from the first write, with the computation in between.
@@ -33,6 +33,7 @@ class Handover(msgspec.Struct, frozen=True):
     num_bytes: int
     chunks: int
     write_ms: float
+    copy_ms: float
     accepted_ms: float
     moving_to_landed_ms: float
     last_layer_to_landed_ms: float | None
@@ -93,6 +94,7 @@ def handover_of(record: dict[str, Any]) -> Handover | None:
         num_bytes=record["bytes"],
         chunks=int(prefill.get("chunks", 0)),
         write_ms=prefill.get("write_s", 0.0) * 1e3,
+        copy_ms=prefill.get("copy_s", 0.0) * 1e3,
         accepted_ms=moments.get("accepted", 0.0),
         moving_to_landed_ms=moments["landed"] - moments.get("moving", 0.0),
         last_layer_to_landed_ms=to_landed(moments.get("last_layer", at_prefill.get("last_layer"))),

@@ -28,7 +28,7 @@ class Yard(msgspec.Struct, frozen=True):
 class Row(msgspec.Struct, frozen=True):
     """One system at one prompt length; None: not measured, or not applicable.
 
-    gb_per_s: while the prefill worker was inside its writes; share: of the cold memcpy, share_warm: of the warm one.
+    gb_per_s: of one copying thread of the prefill worker; share: of the cold memcpy, share_warm: of the warm one.
     window_gb_per_s: from the first write to Landed, with the computation in between.
     tail_ms: from P's last layer to Landed; computed_tail_ms, sent_tail_ms, check_ms: its last parts. The rest: see
         benchmarks.results.Handover.
@@ -162,10 +162,10 @@ def _with_handovers(row: Row, handovers: Sequence[Handover], yard: Yard | None) 
         write_ms=statistics.median(each.write_ms for each in handovers),
         digest_ms=_median(each.digest_ms for each in handovers),
     )
-    write_ms = row.write_ms or 0.0
-    if row.system != "shm" or write_ms <= 0:
+    copy_ms = statistics.median(each.copy_ms for each in handovers)
+    if copy_ms <= 0:
         return row
-    rate = num_bytes / write_ms / 1e6
+    rate = num_bytes / copy_ms / 1e6
     row = msgspec.structs.replace(row, gb_per_s=rate)
     return msgspec.structs.replace(row, share=rate / yard.cold, share_warm=rate / yard.warm) if yard else row
 

@@ -16,7 +16,7 @@ HEADER = (
     ("over plain", "ms"),
     ("", "steps"),
     ("handed over", "MB"),
-    ("writes", "GB/s"),
+    ("copying", "GB/s"),
     ("of memcpy", "cold"),
     ("", "warm"),
     ("last layer to Landed", "median ms"),

@@ -19,6 +19,7 @@ from kvcache.orders import CacheResults
 from prefill.connections import Connections
 from prefill.prober import Prober
 from prefill.pusher import Pusher
+from transport import native
 from transport.base import Memory, Transport
 from transport.door import Door
 from transport.faultpoint import FaultPoint
@@ -66,6 +67,7 @@ class WorkerSide:
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """The KV cache exists: make it known to every transport."""
         regions = regions_of(kv_caches)
+        native.prepare(sum(region.num_blocks * region.stride for region in regions))
         self._layers = {name: index for index, name in enumerate(kv_caches)}
         for transport in self._transports.values():
             for region in regions:

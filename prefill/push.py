@@ -66,6 +66,7 @@ class Pushed(msgspec.Struct, frozen=True):
         forward pass that held it (the rest of that layer is computed while its blocks travel).
     bytes_before_last_layer: handed to the transport before the last layer of the last chunk was computed.
     write_s, digest_s: spent in writes and in digests, in the forward pass.
+    copy_s: spent copying, by all threads of the sending process together; 0 where others move the bytes.
     why_rerouted: why another path was given up for this one; empty if none was.
     """
 
@@ -79,6 +80,7 @@ class Pushed(msgspec.Struct, frozen=True):
     computed_unix_s: float
     bytes_before_last_layer: int
     write_s: float
+    copy_s: float
     digest_s: float
     lane: Lane
     why_rerouted: str = ""
@@ -101,6 +103,7 @@ def whole(parts: Sequence[Pushed]) -> Pushed:
         computed_unix_s=max(part.computed_unix_s for part in parts),
         bytes_before_last_layer=sum(part.bytes_before_last_layer for part in parts),
         write_s=max(part.write_s for part in parts),
+        copy_s=sum(part.copy_s for part in parts),
         digest_s=max(part.digest_s for part in parts),
         why_rerouted="; ".join(sorted({part.why_rerouted for part in parts if part.why_rerouted})),
     )

@@ -46,6 +46,7 @@ class _Push:
     computed_unix_s: float = 0.0
     bytes_before_last_layer: int = 0
     write_s: float = 0.0
+    copy_s: float = 0.0
     digest_s: float = 0.0
     why_failed: str = ""
     stopped: bool = False
@@ -203,6 +204,7 @@ class Pusher:
         states = [transfer.poll() for transfer in push.transfers]
         failures = [t.failure() for t, s in zip(push.transfers, states, strict=True) if s is TransferState.FAILED]
         running = [t for t, s in zip(push.transfers, states, strict=True) if s is TransferState.RUNNING]
+        push.copy_s += sum(t.copy_s for t, s in zip(push.transfers, states, strict=True) if s is TransferState.DONE)
         push.transfers = running
         if failures and not push.stopped:
             push.why_failed = push.way.endpoint.failure() or failures[0] or "a write failed"
@@ -249,6 +251,7 @@ class Pusher:
             computed_unix_s=push.computed_unix_s,
             bytes_before_last_layer=push.bytes_before_last_layer,
             write_s=push.write_s,
+            copy_s=push.copy_s,
             digest_s=push.digest_s,
             lane=push.target.lane,
         )

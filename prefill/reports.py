@@ -29,6 +29,7 @@ class SendReports:
         detail = {
             "bytes_before_last_layer": float(out.pushed.bytes_before_last_layer),
             "write_s": out.pushed.write_s,
+            "copy_s": out.pushed.copy_s,
             "digest_s": out.pushed.digest_s,
             "chunks": float(out.num_chunks),
             "rerouted": float(bool(out.pushed.why_rerouted)),

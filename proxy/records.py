@@ -183,8 +183,8 @@ def _moments_of(report: Report | None) -> dict[str, float]:
 
 
 def _gb_per_s(decode: Report | None, prefill: Report | None) -> float | None:
-    """While bytes were really moved: the push waits for each layer's computation in between."""
-    seconds = prefill.detail.get("write_s", 0.0) if prefill else 0.0
+    """Of one copying thread, where the prefill instance copies (shm); elsewhere nobody sees the bytes move."""
+    seconds = prefill.detail.get("copy_s", 0.0) if prefill else 0.0
     return decode.num_bytes / seconds / 1e9 if decode is not None and seconds > 0 else None
 
 

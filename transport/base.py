@@ -12,8 +12,8 @@ Memory model: a `Region` is an array of equally sized blocks at a fixed address;
 Life of a transfer: the receiver opens a `Landing` under a tag, naming the blocks that may be written; the sender
 writes under that tag, as often as it likes; the last write carries a notice, which arrives after all data of
 earlier writes under the same tag; the receiver closes the landing.
-Threading: every method may be called from the engine's thread and never waits for a peer. A transport may own one
-background thread. A `Transfer` belongs to whoever started it; nothing is reported through a shared bag.
+Threading: every method may be called from the engine's thread and never waits for a peer. A transport may own
+threads. A `Transfer` belongs to whoever started it; nothing is reported through a shared bag.
 """
 
 from __future__ import annotations
@@ -63,7 +63,13 @@ class Memory(Protocol):
 
 
 class Transfer(Protocol):
-    """One batch of block copies in flight. Local memory must stay mapped and as it is until this is not RUNNING."""
+    """One batch of block copies in flight. Local memory must stay mapped and as it is until this is not RUNNING.
+    Batches may overtake each other; only a notice stays behind what was written before it under its tag."""
+
+    @property
+    def copy_s(self) -> float:
+        """Seconds that threads of this process have spent copying it, added up; 0 where others move the bytes."""
+        ...
 
     def poll(self) -> TransferState: ...
 

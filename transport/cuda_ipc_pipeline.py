@@ -28,6 +28,8 @@ MAX_WAITING = 1 << 16
 class CudaIpcTransfer:
     """One order. Its state is changed by its pipeline alone."""
 
+    copy_s = 0.0
+
     def __init__(self, order: Order, after: Moment, advance: Callable[[], None]) -> None:
         self.order = order
         self.moment = after

@@ -146,6 +146,8 @@ class FaultyEndpoint:
 class DroppedTransfer:
     """Moves nothing; RUNNING until cancelled, or for so many polls."""
 
+    copy_s = 0.0
+
     def __init__(self, num_polls: int | None) -> None:
         self._polls_left = num_polls
         self._why_failed = ""
@@ -172,6 +174,10 @@ class DelayedTransfer:
         self._polls_left = faults.delay_polls
         self._clock = clock
         self._until_s = clock.monotonic_s() + faults.delay_s
+
+    @property
+    def copy_s(self) -> float:
+        return self._inner.copy_s
 
     def poll(self) -> TransferState:
         state = self._inner.poll()

@@ -77,6 +77,11 @@ class _GuardedTransfer:
         self._inner = inner
         self._lock = lock
 
+    @property
+    def copy_s(self) -> float:
+        with self._lock:
+            return self._inner.copy_s
+
     def poll(self) -> TransferState:
         with self._lock:
             return self._inner.poll()

@@ -4,8 +4,8 @@
     addresses: from, to     ├──▶ pieces first .. last-1 of each pair of addresses: 1 us around nothing but memcpy
     first, last             ┘
 
-numba comes with vLLM. Importing it and compiling take most of a second, so a thread does both, once per process, as
-soon as somebody is going to copy; until then, and where there is no numba, Python copies piece by piece.
+numba comes with vLLM. Importing it and compiling take most of a second, so a thread does both, once per process, where
+there is enough to copy; until then, and where there is no numba, Python copies piece by piece.
 
 Memory model: addresses are raw; the caller has checked them.
 Threading: anything from any thread.
@@ -22,6 +22,9 @@ Table = Any
 
 CopyPieces = Callable[[Table, int, int, Table], None]
 """(pieces: from, to and bytes, counting from a pair of addresses; first; last; addresses: pairs of from and to)"""
+
+WORTH_COMPILING_BYTES = 256 << 20
+"""Of a KV cache."""
 
 _lock = threading.Lock()
 _is_tried = False
@@ -40,9 +43,9 @@ def table_of(rows: Sequence[tuple[int, ...]]) -> Table:
     return numpy.array(rows, dtype=numpy.int64)
 
 
-def prepare() -> None:
-    """Has it compiled, by a thread; does not wait."""
-    if not _is_tried:
+def prepare(num_bytes: int) -> None:
+    """Has it compiled, by a thread, where a KV cache of so many bytes is worth it. Does not wait."""
+    if num_bytes >= WORTH_COMPILING_BYTES and not _is_tried:
         threading.Thread(target=compile_now, name="baton-compile", daemon=True).start()
 
 

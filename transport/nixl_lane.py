@@ -48,6 +48,8 @@ class _Stage(enum.Enum):
 class NixlTransfer:
     """See transport/base.py. `wake`: has the thread look at a cancellation."""
 
+    copy_s = 0.0
+
     def __init__(self, copy: Copy, wake: Callable[[], None]) -> None:
         self.copy = copy
         self.stage = _Stage.WAITING

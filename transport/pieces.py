@@ -31,6 +31,8 @@ class Task(NamedTuple):
 class PiecewiseTransfer:
     """See transport/base.py. `on_cancel` hands a cancellation, with the transfer itself, to the I/O thread."""
 
+    copy_s = 0.0
+
     def __init__(self, task: Task, on_cancel: Callable[[Any], None], frame_bytes: int = FRAME_BYTES) -> None:
         self._task = task
         self._on_cancel = on_cancel

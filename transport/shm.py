@@ -17,7 +17,6 @@ import os
 from collections.abc import Sequence
 
 from core.errors import TransferError
-from transport import native
 from transport.base import Blocks, Region
 from transport.landing import expected_positions
 from transport.mapping import Mapping, make_memfd
@@ -97,7 +96,6 @@ class ShmTransport:
 
     def connect(self, description: bytes) -> ShmEndpoint:
         self._check_open()
-        native.prepare()
         parsed = decode_description(description)
         if parsed.host_id != host_id():
             raise TransferError("the peer's memory is on another host, or in another container")

@@ -13,6 +13,8 @@ from transport.base import Transfer, TransferState
 class SettledTransfer:
     """DONE, or FAILED with a reason, from the beginning."""
 
+    copy_s = 0.0
+
     def __init__(self, why_failed: str = "") -> None:
         self._why_failed = why_failed
 
@@ -41,6 +43,10 @@ class JoinedTransfer:
     def cancel(self) -> None:
         for transfer in self._transfers:
             transfer.cancel()
+
+    @property
+    def copy_s(self) -> float:
+        return sum(transfer.copy_s for transfer in self._transfers)
 
     def failure(self) -> str:
         return next((why for why in (transfer.failure() for transfer in self._transfers) if why), "")

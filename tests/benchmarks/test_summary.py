@@ -57,7 +57,7 @@ def test_everything_as_expected_is_said() -> None:
 
 def test_each_expectation_falls_short_by_itself() -> None:
     slow, late = record(), record()
-    slow["prefill"]["write_s"] = 0.0101
+    slow["prefill"]["copy_s"] = 0.0101
     late["moments_ms"]["last_layer"] = 1046.9
     short = {
         0: run(sample("plain", 1000.0), sample("shm", 1010.0, record=slow)),

@@ -113,7 +113,7 @@ def test_a_record_tells_the_path_the_tokens_and_the_moments(fleet: Fleet, pair: 
     prefill, decode = pair
     answer = fleet.chat(stream=True)
     request_id, now_s = answer.headers["x-request-id"], time.time()
-    sent: dict[str, Any] = {"handed_over": 99, "detail": {"write_s": 0.001}}
+    sent: dict[str, Any] = {"handed_over": 99, "detail": {"copy_s": 0.001}}
     fleet.beat(prefill, report_of(prefill, request_id, outcome="sent", moments={"moving": now_s}, **sent))
     kv = {"prompt_tokens": 20, "handed_over": 16, "found_locally": 3, "computed": 1, "num_bytes": 2_000_000}
     moments = {"accepted": now_s - 0.001, "landed": now_s + 0.001}

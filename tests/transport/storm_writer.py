@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.transport.memory import Owned
+from transport import native
 from transport.base import Transfer, TransferState
 from transport.schemes import make_transport
 
@@ -40,6 +41,7 @@ class Push:
 
 class Writer:
     def __init__(self, scheme: str, description: str) -> None:
+        native.compile_now()  # large copies are shared then, where the scheme does that
         self.owned = Owned(make_transport(scheme, "127.0.0.1"), BLOCK_BYTES, NUM_SLOTS * BLOCKS_PER_TAG)
         self.owned.transport.describe()
         self.endpoint = self.owned.transport.connect(bytes.fromhex(description))

@@ -12,6 +12,7 @@ from tests.poll import until
 from tests.transport.memory import Owned
 from transport import native, shared_copies
 from transport.base import Endpoint, TransferState
+from transport.conformance import check_transport
 from transport.conformance_pair import finish
 from transport.copying import SHARE_BYTES, CopyPlan
 from transport.shm import ShmTransport
@@ -28,7 +29,8 @@ class Two:
         self.sender = Owned(ShmTransport(), BLOCK_BYTES, NUM_BLOCKS, fill=7)
         self.receiver = Owned(ShmTransport(), BLOCK_BYTES, NUM_BLOCKS)
         self.endpoint: Endpoint = self.sender.transport.connect(self.receiver.transport.describe())
-        finish(self.endpoint.write("t", self.sender.blocks([0]), self.receiver.blocks([0]), b"hello"))
+        for tag in ("hello", "t"):  # from here on the owner has heard of both
+            finish(self.endpoint.write(tag, self.sender.blocks([0]), self.receiver.blocks([0])))
         self.receiver.put(0, bytes(BLOCK_BYTES))
 
     def write(self, ids: list[int], notice: bytes | None = None) -> shared_copies.Copy:
@@ -77,6 +79,10 @@ def gate(two: Two, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate.is_open.set()
 
 
+def test_a_transport_that_shares_its_copies_does_what_every_transport_must(two: Two) -> None:
+    check_transport(ShmTransport)
+
+
 def test_whatever_is_mixed_every_block_has_come_when_the_notice_has(two: Two) -> None:
     dice = random.Random(4)
     for turn in range(60):
@@ -100,7 +106,6 @@ def test_whatever_is_mixed_every_block_has_come_when_the_notice_has(two: Two) ->
 
 def test_a_large_write_returns_before_it_is_copied_and_the_notice_waits_for_it(two: Two, gate: Gate) -> None:
     landing = two.receiver.expect("t", range(NUM_BLOCKS))
-    landing.poll()
     first = two.write(list(range(PER_SHARE)))
     assert gate.is_reached.wait(20.0)
     assert first.poll() is TransferState.RUNNING
