@@ -1,14 +1,17 @@
 """The yardstick of `baton bench transfer`: a memcpy per piece from source to target, in one process.
 
 It knows of no peer, tells nobody, and checks nothing: what one core can copy, with the same block numbers and the same
-cold memory as everybody else. Pieces are assigned from one view of memory to another, which is a memcpy with the least
-that Python can put around it.
+cold memory as everybody else. A layer's pieces are copied by one call of a compiled loop over memcpy
+(transport/native.py); where there is no numba, they are assigned from one view of memory to another.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from benchmarks.kv_pool import Pool
 from benchmarks.mover import Ground, Job
+from transport import native
 from transport.regions import view
 
 
@@ -17,24 +20,34 @@ class MemcpySender:
 
     def __init__(self, source: Pool, target: Pool) -> None:
         self._shape = source.shape
-        self._source, self._target = (view(pool.address, pool.shape.num_bytes) for pool in (source, target))
+        self._pools = source, target
+        native.compile_now()
 
     def connect(self, description: bytes) -> None:
         return
 
     def write(self, job: Job, layers: range, *, is_last: bool) -> None:
-        source, target, size = self._source, self._target, self._shape.piece_bytes
-        for layer in layers:
-            start = layer * self._shape.num_blocks
-            for local_id, remote_id in zip(job.local_ids, job.remote_ids, strict=True):
-                from_at, to_at = (start + local_id) * size, (start + remote_id) * size
-                target[to_at : to_at + size] = source[from_at : from_at + size]
+        size, copy = self._shape.piece_bytes, native.copy_pieces()
+        layer_bytes = self._shape.num_blocks * size
+        pairs = zip(job.local_ids, job.remote_ids, strict=True)
+        pieces = [(local_id * size, remote_id * size, size) for local_id, remote_id in pairs]
+        addresses = [tuple(pool.address + layer * layer_bytes for pool in self._pools) for layer in layers]
+        if copy is None:
+            _assign(pieces, addresses)
+        else:
+            copy(native.table_of(pieces), 0, len(pieces), native.table_of(addresses))
 
     def finish(self) -> bool:
         return True
 
     def close(self) -> None:
         return
+
+
+def _assign(pieces: Sequence[tuple[int, int, int]], addresses: Sequence[tuple[int, ...]]) -> None:
+    for source, target in addresses:
+        for from_at, to_at, num_bytes in pieces:
+            view(target + to_at, num_bytes)[:] = view(source + from_at, num_bytes)
 
 
 class AbsentReceiver:
