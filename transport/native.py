@@ -13,6 +13,7 @@ Threading: anything from any thread.
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -56,6 +57,7 @@ def compile_now() -> None:
         if not _is_tried:
             _copy_pieces = _compiled()
             _is_tried = True
+            gc.freeze()  # as vLLM does: numba's objects stay, and to look through them stops everything for 40 ms
 
 
 def _compiled() -> CopyPieces | None:
