@@ -19,10 +19,12 @@ from core.errors import BatonError
 TIMEOUT_S = 300.0
 REPORT_TIMEOUT_S = 5.0
 _POLL_S = 0.05
+_STREAMED = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+"""Tokens are counted by what the server counts: their ids would bring the whole prompt's with the first."""
 
 
 class Streamed(msgspec.Struct, frozen=True):
-    """When tokens came, in seconds after the request was sent. num_tokens counts ids; one event may bring several."""
+    """When tokens came, in seconds after the request was sent. One event may bring several."""
 
     request_id: str
     arrivals_s: tuple[float, ...]
@@ -37,7 +39,7 @@ def ask(url: str, body: dict[str, Any], clock: Clock) -> Streamed:
     """One streamed completion over a connection that is open before the clock starts. Raises BatonError."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=TIMEOUT_S)
-    content = json.dumps(body | {"stream": True, "return_token_ids": True}).encode()
+    content = json.dumps(body | _STREAMED).encode()
     try:
         connection.connect()
         begun_s = clock.monotonic_s()
@@ -59,6 +61,7 @@ def ask(url: str, body: dict[str, Any], clock: Clock) -> Streamed:
 
 def token_counts(lines: Iterator[bytes]) -> Iterator[int]:
     """How many tokens each event of a stream brings, for those that bring any. Raises BatonError if it breaks off."""
+    before = 0
     for line in lines:
         content = line.strip()
         if content == b"data: [DONE]":
@@ -68,9 +71,10 @@ def token_counts(lines: Iterator[bytes]) -> Iterator[int]:
         event = json.loads(content[6:])
         if "error" in event:
             raise BatonError(f"the stream carries an error: {event['error']}")
-        count = sum(len(choice.get("token_ids") or ()) for choice in event.get("choices", ()))
-        if count:
-            yield count
+        now = (event.get("usage") or {}).get("completion_tokens", before)
+        if now > before:
+            yield now - before
+        before = now
     raise BatonError("the stream ended without [DONE]")
 
 

@@ -34,6 +34,7 @@ from kvcache.shape import ELEMENT_BYTES, BlockShape
 from kvcache.storer import Storer
 from kvcache.writer import Writer
 from transport.base import Region
+from transport.bell import Ringer
 from transport.faultpoint import FaultPoint
 from transport.runs import heads_of
 
@@ -171,10 +172,6 @@ class CacheScheduler:
         """Whether a load waits for the step that is about to run."""
         return self._reader.has_loads()
 
-    def next_end_s(self) -> float:
-        """Seconds for which no running load is likely to end."""
-        return self._reader.next_end_s()
-
     def results(self, results: CacheResults) -> None:
         """The worker's answer."""
         for loaded in self._loaded.take(results.loaded):
@@ -240,14 +237,17 @@ class CacheWorker:
         clock = SystemClock()
         path, name = settings.cache, settings.name
         arena = Arena(regions, lambda: fetch_arena(path, name), share)
-        self._loader = Loader(arena, clock, faults)
+        self._bell = ""
+        self._ringer = Ringer()
+        self._loader = Loader(arena, clock, faults, lambda: self._ringer.ring(self._bell))
         self._storer = Storer(arena, len(regions), clock, faults)
         self._computes = False
         self._loader.prepare("")
 
-    def begin(self, orders: CacheOrders) -> None:
-        """Before the forward pass."""
+    def begin(self, orders: CacheOrders, bell: str) -> None:
+        """Before the forward pass. bell: to be rung when a load has ended."""
         self._computes = False
+        self._bell = bell
         for load in orders.loads:
             self._loader.start(load)
         for store in self._storer.begin_step(orders.stores):
@@ -265,9 +265,10 @@ class CacheWorker:
         return results
 
     def num_running(self) -> int:
-        """Loads whose end comes without a message: the engine should come back."""
+        """Loads whose end rings the bell."""
         return self._loader.num_running()
 
     def close(self) -> None:
         """Ends the loading thread."""
         self._loader.close()
+        self._ringer.close()

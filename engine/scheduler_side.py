@@ -33,6 +33,7 @@ from engine.settings import ConnectorSettings
 from engine.steps import Handshake, StepOrders, StepResults
 from kvcache.orders import CacheOrders
 from prefill.sender import Gate, Sender
+from transport.bell import Bell
 from transport.faultpoint import FaultPoint
 from transport.join import JoinThread
 from transport.ports import Ports
@@ -88,8 +89,10 @@ class SchedulerSide:
         self._sender = Sender(self.me, layout, self._ports)
         self._accounts = Accounts(settings.name, self._report)
         self._cache: CacheScheduler | None = None
+        self._bell: Bell | None = None
         if settings.cache:
             refuse_hash(hash_algorithm)
+            self._bell = Bell(self._sleep.wake)
             owner = Owner(self.me.boot_id, pool.num_ranks)
             self._cache = CacheScheduler(settings, layout, owner, hash_algorithm, self._sleep.wake)
         self._arrived = OfAllRanks(pool.num_ranks, Arrived.with_that_of)
@@ -132,6 +135,8 @@ class SchedulerSide:
             self._acquaintances.close()
         if self._cache is not None:
             self._cache.close()
+        if self._bell is not None:
+            self._bell.close()
 
     # ---- hooks, in the order of one step ----
 
@@ -179,7 +184,8 @@ class SchedulerSide:
         if self._receiver is None:
             return StepOrders()
         cache = self._cache.orders() if self._cache is not None else CacheOrders()
-        return StepOrders(self._sender.take_commands(), self._receiver.take_commands(), cache)
+        bell = self._bell.name if self._bell is not None else ""
+        return StepOrders(self._sender.take_commands(), self._receiver.take_commands(), cache, bell)
 
     def results(self, results: StepResults) -> set[str]:
         """The worker's answer. Returns engine requests whose blocks no transfer reads any more."""
@@ -280,7 +286,7 @@ class SchedulerSide:
         if self._cache is not None and self._cache.has_loads():
             return
         if self._cache is not None and self._num_loading:
-            self._sleep.sleep(min(self._cache.next_end_s(), IDLE_SLEEP_S))
+            self._sleep.sleep(IDLE_SLEEP_S)  # the bell ends it
             return
         waits = num_gated or (self._receiver is not None and self._receiver.num_waiting())
         if waits and not self._sender.num_busy():

@@ -26,18 +26,19 @@ class Handshake(KVConnectorHandshakeMetadata):
 
 @dataclass
 class StepOrders(KVConnectorMetadata):
-    """Scheduler to worker, every step."""
+    """Scheduler to worker, every step. bell: to be rung (transport/bell.py) when a load from the cache has ended."""
 
     push: PushCommands = field(default_factory=PushCommands)
     land: LandCommands = field(default_factory=LandCommands)
     cache: CacheOrders = field(default_factory=CacheOrders)
+    bell: str = ""
 
 
 @dataclass
 class StepResults(KVConnectorWorkerMetadata):
     """Worker to scheduler, every step. arrived: waiting requests that are reported to vLLM now, by each rank once.
-    num_watched: transfers and hand-offs whose end comes without a message; num_loading: loads from the cache,
-    likewise."""
+    num_watched: transfers and hand-offs whose end comes without a message; num_loading: loads from the cache, whose end
+    rings the bell."""
 
     push: PushResults = field(default_factory=PushResults)
     land: LandResults = field(default_factory=LandResults)

@@ -96,7 +96,7 @@ class WorkerSide:
         self._lander.begin_step(orders.land)
         self._pusher.begin_step(orders.push)
         if self._cache is not None:
-            self._cache.begin(orders.cache)
+            self._cache.begin(orders.cache, orders.bell)
 
     def layer_done(self, layer_name: str) -> None:
         """Right after one layer of the forward pass: first what a peer waits for."""

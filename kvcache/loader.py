@@ -15,7 +15,7 @@ import os
 import queue
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from core.clock import Clock
@@ -34,8 +34,12 @@ MIN_SHARED_BYTES = 8 << 20
 class Loader:
     """All loads of one worker; it also maps the arena, since that may take a moment."""
 
-    def __init__(self, arena: Arena, clock: Clock, faults: FaultPoint) -> None:
+    def __init__(
+        self, arena: Arena, clock: Clock, faults: FaultPoint, on_end: Callable[[], None] = lambda: None
+    ) -> None:
+        """on_end: called on the loading thread when a load has ended and can be had by `ended`."""
         self._arena = arena
+        self._on_end = on_end
         self._clock = clock
         self._faults = faults
         self._waiting: queue.SimpleQueue[Load | str | None] = queue.SimpleQueue()
@@ -80,6 +84,7 @@ class Loader:
         while (job := self._waiting.get()) is not None:
             if isinstance(job, Load):
                 self._ended.put(self._load(job))
+                self._on_end()
             else:
                 with contextlib.suppress(TransferError):
                     self._arena.map(job)

@@ -42,10 +42,6 @@ class Pace:
         """What computing so many tokens is likely to take; None while that was never measured."""
         return None if self._compute is None else self._compute * num_tokens
 
-    def load_s(self, num_tokens: int) -> float | None:
-        """What loading so many tokens is likely to take; None while that was never measured."""
-        return None if self._load is None else self._load * num_tokens
-
     def is_worth_loading(self) -> bool:
         """Whether a token is loaded faster than computed."""
         if self._is_loading_faster():

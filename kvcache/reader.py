@@ -64,7 +64,7 @@ class _Partial(NamedTuple):
 @dataclass
 class _LookUp:
     """One request's question and what came of it. partial_number: of the question for a partial block, 0 if none was
-    asked. loaded_s: when its load has likely ended (monotonic)."""
+    asked."""
 
     number: int
     epoch: int
@@ -78,7 +78,6 @@ class _LookUp:
     num_coming: int = 0
     partial_number: int = 0
     partial: _Partial | None = None
-    loaded_s: float = 0.0
     is_gone: bool = False
 
     def take(self, slots: Sequence[wire.Slot]) -> None:
@@ -162,7 +161,6 @@ class Reader:
             return False
         pieces = self._pieces(look_up, block_ids, found_tokens, found_tokens + num_tokens)
         self._loads.append(Load(request_id, look_up.arena_id, pieces))
-        look_up.loaded_s = self._clock.monotonic_s() + (self.pace.load_s(len(pieces) * self._block_size) or 0.0)
         look_up.stage = Stage.LOADING
         return True
 
@@ -178,11 +176,6 @@ class Reader:
             num_tokens = min(end_token, (index + 1) * size) - max(first_token, index * size)
             pieces.append(Piece(block_ids[index], slot.offset, key, slot.digest, slot.tier, num_tokens))
         return pieces
-
-    def next_end_s(self) -> float:
-        """Seconds until the first of the running loads is likely to end; 0 if that may be now, or none runs."""
-        ends = [look_up.loaded_s for look_up in self._all.values() if look_up.stage is Stage.LOADING]
-        return max(min(ends) - self._clock.monotonic_s(), 0.0) if ends else 0.0
 
     def has_loads(self) -> bool:
         """Whether the worker's next orders have loads."""

@@ -50,12 +50,12 @@ def test_a_cache_smaller_than_the_prompt_is_copied_once() -> None:
     yardstick.close()
 
 
-def test_a_stream_is_counted_by_its_token_ids() -> None:
+def test_a_stream_is_counted_by_what_the_server_counts() -> None:
     lines = [
-        b'data: {"choices": [{"text": "", "token_ids": [5]}]}\n',
+        b'data: {"choices": [{"text": ""}], "usage": {"completion_tokens": 1}}\n',
         b"\n",
-        b'data: {"choices": [{"text": "ab", "token_ids": [6, 7]}]}\n',
-        b'data: {"choices": [], "usage": {}}\n',
+        b'data: {"choices": [{"text": "ab"}], "usage": {"completion_tokens": 3}}\n',
+        b'data: {"choices": [], "usage": {"completion_tokens": 3}}\n',
         b"data: [DONE]\n",
     ]
     assert list(token_counts(iter(lines))) == [1, 2]

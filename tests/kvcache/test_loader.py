@@ -29,6 +29,7 @@ class Kept:
 
     def __init__(self) -> None:
         self.engine = Engine(NUM_BLOCKS)
+        self.listens = False
         num_bytes = NUM_BLOCKS * BLOCK_BYTES
         fd = make_memfd(num_bytes)
         self.memory = Mapping(fd, num_bytes)
@@ -43,12 +44,17 @@ class Kept:
                 mapped.write_layer(layer, number, offset) for layer in range(LAYERS)
             )
             self.pieces.append(Piece(8 + number, offset, key(number), digest % (1 << 64), "host", 128))
-        self.loader = Loader(arena, SystemClock(), FaultPoint())
+        self.heard: list[list[Loaded]] = []
+        self.loader = Loader(arena, SystemClock(), FaultPoint(), self._hear)
 
     def load(self, pieces: list[Piece] | None = None) -> Loaded:
         self.loader.start(Load("r", "arena", pieces or self.pieces))
         (loaded,) = until(self.loader.ended, what="the load's end")
         return loaded
+
+    def _hear(self) -> None:
+        if self.listens:
+            self.heard.append(self.loader.ended())
 
     def close(self) -> None:
         self.loader.close()
@@ -104,6 +110,15 @@ def test_a_load_has_ended_only_when_no_thread_writes_any_more(
     assert num_ended == COUNT - len(range(broken, COUNT, 3)), "what the others had was read"
     monkeypatch.undo()
     assert kept.load().why == "", "the next load finds every thread free"
+
+
+def test_who_sleeps_meanwhile_is_told_when_the_loads_end_can_be_had(kept: Kept) -> None:
+    kept.listens = True
+    kept.loader.start(Load("sleeper", "arena", kept.pieces))
+    ((loaded,),) = until(lambda: kept.heard, what="somebody says so")
+    assert (loaded.request_id, loaded.why) == ("sleeper", "")
+    kept.loader.start(Load("lost", "another arena", kept.pieces))
+    assert until(lambda: kept.heard[1:], what="also of a load that failed")[0][0].why
 
 
 def test_a_load_of_a_few_blocks_needs_no_other_thread(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
