@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from core.errors import TransferError
@@ -47,27 +46,28 @@ class Share(NamedTuple):
 
 
 class CopyPlan:
-    """What a list of block pairs copies, between regions of two shapes. runs: first blocks and number of blocks of each
-    piece. shares: all pieces, in order, some SHARE_BYTES at a time."""
+    """What a list of block pairs copies, between regions of two shapes. pieces: from, to and bytes, counting from the
+    first block's first byte of either side. shares: all of them, in order, some SHARE_BYTES at a time."""
 
-    __slots__ = ("_from_extent", "_pieces", "_table", "_to_extent", "num_bytes", "shares")
+    __slots__ = ("_extents", "_only", "_pieces", "_table", "num_bytes", "shares")
 
-    def __init__(self, runs: Sequence[tuple[int, int, int]], source: _Side, target: _Side) -> None:
-        size = source.num_bytes
-        self._pieces = [
-            (from_id * source.stride, to_id * target.stride, count * size)
-            for from_id, to_id, count in _cut(runs, max(SHARE_BYTES // size, 1))
-        ]
-        self.shares = _shares(self._pieces)
-        self.num_bytes = sum(share.num_bytes for share in self.shares)
-        self._from_extent, self._to_extent = source.extent(), target.extent()
+    def __init__(self, pieces: list[tuple[int, int, int]], shares: list[Share], source: _Side, target: _Side) -> None:
+        self.shares = shares
+        self.num_bytes = sum(share.num_bytes for share in shares)
+        self._pieces = pieces
+        self._extents = source.extent(), target.extent()
         self._table: Table | None = None
+        self._only = _slices(pieces[0]) if len(pieces) == 1 and self.num_bytes <= LARGEST_ASSIGNED_BYTES else None
 
     def carry_out(self, from_address: int, to_address: int) -> None:
         """Copies between two regions of these shapes, from first block to first block."""
-        if len(self._pieces) < 2 or copy_pieces() is None:
+        if self._only is not None:
+            from_slice, to_slice = self._only
+            source, target = known_view(from_address, self._extents[0]), known_view(to_address, self._extents[1])
+            target[to_slice] = source[from_slice]
+        elif copy_pieces() is None:
             self._assign(from_address, to_address)
-        else:
+        elif self._pieces:
             self.carry_out_compiled(0, len(self._pieces), [(from_address, to_address)])
 
     def carry_out_compiled(self, first: int, last: int, addresses: Sequence[tuple[int, int]]) -> None:
@@ -79,12 +79,17 @@ class CopyPlan:
         copy(self._table, first, last, table_of(addresses))
 
     def _assign(self, from_address: int, to_address: int) -> None:
-        source, target = known_view(from_address, self._from_extent), known_view(to_address, self._to_extent)
+        source, target = known_view(from_address, self._extents[0]), known_view(to_address, self._extents[1])
         for from_at, to_at, num_bytes in self._pieces:
             if num_bytes <= LARGEST_ASSIGNED_BYTES:
                 target[to_at : to_at + num_bytes] = source[from_at : from_at + num_bytes]
             else:
                 ctypes.memmove(to_address + to_at, from_address + from_at, num_bytes)
+
+
+def _slices(piece: tuple[int, int, int]) -> tuple[slice, slice]:
+    from_at, to_at, num_bytes = piece
+    return slice(from_at, from_at + num_bytes), slice(to_at, to_at + num_bytes)
 
 
 def plan_of(source: Region, local: Blocks, target: Region, remote: Blocks) -> CopyPlan | None:
@@ -147,18 +152,28 @@ def _known_fitting_plan(
 
 @functools.lru_cache(maxsize=PLANS_KEPT)
 def _plan(source_ids: tuple[int, ...], target_ids: tuple[int, ...], source: _Side, target: _Side) -> CopyPlan:
-    return CopyPlan(list(_pieces(source_ids, target_ids, source, target)), source, target)
+    size, from_stride, to_stride = source.num_bytes, source.stride, target.stride
+    if _may_have_runs(source_ids, target_ids, source, target):
+        joined = list(_joined(source_ids, target_ids, max(SHARE_BYTES // size, 1)))
+        pieces = [(from_id * from_stride, to_id * to_stride, count * size) for from_id, to_id, count in joined]
+        return CopyPlan(pieces, _shares(pieces), source, target)
+    pieces = [
+        (from_id * from_stride, to_id * to_stride, size) for from_id, to_id in zip(source_ids, target_ids, strict=True)
+    ]
+    return CopyPlan(pieces, _even_shares(len(pieces), size), source, target)
 
 
-def _cut(runs: Sequence[tuple[int, int, int]], most: int) -> Iterable[tuple[int, int, int]]:
-    """The same blocks in runs of no more than so many."""
-    if len(runs) == 0 or max(count for _, _, count in runs) <= most:
-        return runs
-    return (
-        (from_id + at, to_id + at, min(most, count - at))
-        for from_id, to_id, count in runs
-        for at in range(0, count, most)
-    )
+def _may_have_runs(source_ids: tuple[int, ...], target_ids: tuple[int, ...], source: _Side, target: _Side) -> bool:
+    """Whether there may be blocks that one piece can hold: dense and consecutive on both sides."""
+    is_dense = source.num_bytes == source.stride and target.num_bytes == target.stride
+    return is_dense and known_ids(source_ids).may_have_run and known_ids(target_ids).may_have_run
+
+
+def _joined(source_ids: tuple[int, ...], target_ids: tuple[int, ...], most: int) -> Iterator[tuple[int, int, int]]:
+    """First blocks and number of blocks of each piece, no more than so many."""
+    for from_id, to_id, count in runs(source_ids, target_ids):
+        for at in range(0, count, most):
+            yield from_id + at, to_id + at, min(most, count - at)
 
 
 def _shares(pieces: Sequence[tuple[int, int, int]]) -> list[Share]:
@@ -172,11 +187,10 @@ def _shares(pieces: Sequence[tuple[int, int, int]]) -> list[Share]:
     return shares
 
 
-def _pieces(
-    source_ids: tuple[int, ...], target_ids: tuple[int, ...], source: _Side, target: _Side
-) -> Iterable[tuple[int, int, int]]:
-    """First blocks and number of blocks of each copy: more than one where both sides are dense and consecutive."""
-    is_dense = source.num_bytes == source.stride and target.num_bytes == target.stride
-    if is_dense and known_ids(source_ids).may_have_run and known_ids(target_ids).may_have_run:
-        return runs(source_ids, target_ids)
-    return zip(source_ids, target_ids, itertools.repeat(1))
+def _even_shares(count: int, size: int) -> list[Share]:
+    """The same of pieces of one size."""
+    step = -(-SHARE_BYTES // size)
+    return [
+        Share(first, min(first + step, count), (min(first + step, count) - first) * size)
+        for first in range(0, count, step)
+    ]

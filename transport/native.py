@@ -13,6 +13,7 @@ Threading: anything from any thread.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import threading
 from collections.abc import Callable, Sequence
@@ -62,10 +63,23 @@ def compile_now() -> None:
 
 def _compiled() -> CopyPieces | None:
     try:
-        import numba
-        from numba.core import types
-    except Exception:  # noqa: BLE001 - an import that fails in whatever way leaves us with Python
+        copy = _compile()
+        return copy if _works(copy) else None
+    except Exception:  # noqa: BLE001 - whatever is wrong with numba here (missing, disabled, broken): Python copies
         return None
+
+
+def _works(copy: CopyPieces) -> bool:
+    source, target = ctypes.create_string_buffer(b"..abc"), ctypes.create_string_buffer(b".......")
+    pieces, addresses = [(2, 4, 1), (3, 0, 2)], [(ctypes.addressof(source), ctypes.addressof(target))]
+    copy(table_of(pieces), 0, len(pieces), table_of(addresses))
+    return target.value == b"bc..a.."
+
+
+def _compile() -> CopyPieces:
+    import numba
+    from numba.core import types
+
     memcpy = types.ExternalFunction("memcpy", types.voidptr(types.uintp, types.uintp, types.uintp))
 
     @numba.njit("void(int64[:, ::1], int64, int64, int64[:, ::1])", nogil=True)  # type: ignore[untyped-decorator]

@@ -19,6 +19,7 @@ import queue
 import threading
 import time
 
+from core.errors import TransferError
 from transport.affinity import num_copying_threads, widen_affinity
 from transport.base import TransferState
 from transport.copying import SHARE_BYTES, CopyPlan, Share
@@ -50,6 +51,11 @@ class Copy:
 
     def failure(self) -> str:
         return self.why_failed
+
+    def fail(self, why: str) -> None:
+        """Ends it unless it has ended."""
+        if self.state is TransferState.RUNNING:
+            self.state, self.why_failed = TransferState.FAILED, why
 
 
 class Copied:
@@ -122,6 +128,7 @@ class SharedCopies:
         self._collected: _Job | None = None
         self._waiting: collections.deque[_Job] = collections.deque()
         self._under_way: list[_Job] = []
+        self._why_failed = ""
 
     def start(self, plan: CopyPlan, from_address: int, to_address: int) -> Copy | Copied:
         """Carries out a plan: now, if it is small; otherwise it is copied after `finish`, or before."""
@@ -154,22 +161,28 @@ class SharedCopies:
                 return False
             job = self._waiting.popleft()
             self._under_way.append(job)
-        begun_s = time.perf_counter()
-        job.carry_out()
+        begun_s, why_failed = time.perf_counter(), ""
+        try:
+            job.carry_out()
+        except Exception as error:  # noqa: BLE001 - a helper must survive, and nobody may wait for ever
+            why_failed = f"a copy failed: {type(error).__name__}: {error}"
         copy_s = time.perf_counter() - begun_s
         with self._lock:
             self._under_way.remove(job)
-            job.settle(copy_s)
+            self._why_failed = self._why_failed or why_failed
+            job.settle(copy_s, why_failed)
             self._rested.notify_all()
         return True
 
     def finish(self) -> None:
-        """Everything that was started is copied when this returns."""
+        """Everything that was started is copied when this returns. Raises TransferError if something could not be."""
         self.share_out()
         while self.help():
             pass
         with self._lock:
             self._rested.wait_for(lambda: not self._under_way)
+            if self._why_failed:
+                raise TransferError(self._why_failed)
 
     def drop(self, why: str) -> None:
         """Ends everything that was started."""
@@ -181,8 +194,7 @@ class SharedCopies:
         """Ends these FAILED unless they are DONE; none of them is being copied when this returns."""
         with self._lock:
             for copy in copies:
-                if copy.state is TransferState.RUNNING:
-                    copy.state, copy.why_failed = TransferState.FAILED, why
+                copy.fail(why)
             for job in self._not_begun():
                 job.remove(copies)
             self._rested.wait_for(lambda: all(copies.isdisjoint(job.copies) for job in self._under_way))
@@ -211,12 +223,14 @@ class _Job:
         if self.addresses:
             self._plan.carry_out_compiled(self.share.first, self.share.last, self.addresses)
 
-    def settle(self, copy_s: float) -> None:
-        """It was carried out in so many seconds."""
+    def settle(self, copy_s: float, why_failed: str) -> None:
+        """It was carried out in so many seconds, or could not be."""
         for copy in self.copies:
             copy.copy_s += copy_s / len(self.copies)
             copy.num_left -= 1
-            if not copy.num_left and copy.state is TransferState.RUNNING:
+            if why_failed:
+                copy.fail(why_failed)
+            elif not copy.num_left and copy.state is TransferState.RUNNING:
                 copy.state = TransferState.DONE
 
     def remove(self, copies: set[Copy]) -> None:

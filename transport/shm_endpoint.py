@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import collections
 import threading
+import time
 from collections.abc import Mapping
 
 from core.errors import TransferError
 from transport.base import Blocks, Region, Transfer, TransferState
 from transport.copying import plan_of, plans_of
 from transport.order import Order, order_read, order_write
-from transport.shared_copies import Copied, Copy, Helpers, SharedCopies
+from transport.shared_copies import MIN_SHARED_BYTES, Copied, Copy, Helpers, SharedCopies
 from transport.shm_link import ShmLink
 from transport.shm_listener import ShmListener
 from transport.shm_wire import Finished, ShmDescription
@@ -123,7 +124,12 @@ class ShmEndpoint:
             plan = plan_of(source, local, target, remote)
             if plan is None:
                 return None
-            return self._copies.start(plan, source.address + local.start, target.address + remote.start)
+            addresses = source.address + local.start, target.address + remote.start
+            if plan.num_bytes >= MIN_SHARED_BYTES:
+                return self._copies.start(plan, *addresses)
+            begun_s = time.perf_counter()
+            plan.carry_out(*addresses)
+            return Copied(time.perf_counter() - begun_s)
 
     def _start(self, order: Order) -> ShmTransfer:
         transfer = ShmTransfer(self, order)
@@ -138,12 +144,12 @@ class ShmEndpoint:
 
     def _connect(self, description: ShmDescription) -> None:
         """The connecting thread: ends when everything that waited is carried out, or the peer cannot be reached."""
-        self._helpers.start()
         try:
             link = ShmLink(description)
         except TransferError as error:
             self._fail(str(error))
             return
+        self._helpers.start()
         with self._lock:
             if self._why_failed:
                 link.close()

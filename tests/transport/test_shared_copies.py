@@ -160,6 +160,21 @@ def test_a_closed_endpoint_waits_for_what_helpers_have_begun(two: Two, gate: Gat
     assert two.filled() == list(range(PER_SHARE))
 
 
+def test_a_copy_that_fails_ends_the_endpoint_before_its_notice(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise MemoryError("no room for a table")
+
+    monkeypatch.setattr(CopyPlan, "carry_out_compiled", fails)
+    landing = two.receiver.expect("t", range(NUM_BLOCKS))
+    failing = two.write(list(range(PER_SHARE)))
+    until(lambda: failing.poll() is TransferState.FAILED, what="the helper says so, and lives")
+    last = two.write([20], b"all")
+    assert last.poll() is TransferState.FAILED
+    assert "no room for a table" in two.endpoint.failure()
+    until(landing.peer_gone, what="the fence")
+    assert landing.poll() == []
+
+
 def test_without_helpers_everything_is_copied_within_the_write(two: Two) -> None:
     two.sender.transport.close()
     transfer = two.endpoint.write("t", two.sender.blocks(range(9)), two.receiver.blocks(range(9)))
