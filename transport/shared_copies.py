@@ -1,7 +1,6 @@
 """Large copies, shared between the thread that must see them done and threads that help.
 
-    write, write ──▶ collected ──▶ jobs of a megabyte ──▶ helpers take them, on other cores; the caller goes on, or
-                                                          takes one where several wait
+    write, write ──▶ collected ──▶ jobs of a megabyte ──▶ helpers take them, on other cores; the caller goes on
     notice       ──▶ finish: the caller takes what no helper has, and waits for what is under way
 
 One core does not use up a memory's bandwidth, and the engine's thread has a layer to compute.
@@ -28,10 +27,6 @@ from transport.native import copy_pieces
 
 MIN_SHARED_BYTES = 128 << 10
 """A smaller copy is made at once: it takes little longer than handing it over."""
-
-
-MAX_WAITING = 2
-"""Jobs per helper that wait before the caller takes part: more would only be left for the end."""
 
 
 class Copy:
@@ -91,9 +86,9 @@ class Helpers:
         self._num_threads = num_copying_threads(os.cpu_count() or 1) - 1
 
     @property
-    def num_threads(self) -> int:
-        """None on one core, before they have started, and when closed."""
-        return len(self._threads)
+    def can_help(self) -> bool:
+        """False on one core, before they have started, and when closed."""
+        return bool(self._threads)
 
     def start(self) -> None:
         """Starts them, unless somebody has. Takes some milliseconds: not for the engine's thread."""
@@ -137,7 +132,7 @@ class SharedCopies:
 
     def start(self, plan: CopyPlan, from_address: int, to_address: int) -> Copy | Copied:
         """Carries out a plan: now, if it is small; otherwise it is copied after `finish`, or before."""
-        if plan.num_bytes < MIN_SHARED_BYTES or not self._helpers.num_threads or copy_pieces() is None:
+        if plan.num_bytes < MIN_SHARED_BYTES or not self._helpers.can_help or copy_pieces() is None:
             begun_s = time.perf_counter()
             plan.carry_out(from_address, to_address)
             return Copied(time.perf_counter() - begun_s)
@@ -152,8 +147,6 @@ class SharedCopies:
                 job.addresses.append((from_address, to_address))
                 if len(job.copies) * share.num_bytes >= SHARE_BYTES:
                     self._share_out()
-            if len(self._waiting) > MAX_WAITING * self._helpers.num_threads:
-                self.help()
         return copy
 
     def share_out(self) -> None:
