@@ -25,7 +25,7 @@ Table = Any
 CopyPieces = Callable[[Table, int, int, Table], None]
 """(pieces: from, to and bytes, counting from a pair of addresses; first; last; addresses: pairs of from and to)"""
 
-WORTH_COMPILING_BYTES = 256 << 20
+WORTH_COMPILING_BYTES = 384 << 20
 """Of a KV cache."""
 
 _lock = threading.Lock()

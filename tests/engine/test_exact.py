@@ -8,6 +8,7 @@ on either side. `--full` runs the product.
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from cluster.launcher import Cluster
 from tests.engine.client import Answer, ask, ask_all, record
 from tests.engine.clusters import CHUNKED, WHOLE
 from tests.engine.prompts import BLOCK, LENGTHS, chat_messages, token_prompt
+from tests.poll import until
 from transport.schemes import unavailable
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -110,6 +112,23 @@ def test_eight_at_a_time_then_the_same_again_with_warm_caches(pair: Cluster, pla
     check_equal(theirs, warm, asked)
     found = [record(pair.url, answer)["tokens"]["found_locally"] for answer in warm]
     assert sum(found) > 0, "the second time D finds prefixes in its own cache"
+
+
+def test_large_copies_are_compiled_and_shared_among_threads_and_tokens_stay_equal(
+    shared_cluster: Any, plain: Cluster
+) -> None:
+    """Behind a KV cache that makes it worth it, and layers of half a megabyte and more."""
+    pair = shared_cluster("1P1D", *WHOLE, "--kv-cache-memory-bytes", str(512 << 20), transport="shm")
+    sender = pair.instances[0]
+
+    def has_compiler() -> bool:
+        return any("llvmlite" in Path(f"/proc/{pid}/maps").read_text() for pid in sender.pids())
+
+    until(has_compiler, what="the sender's worker compiles its copies")
+    asked = [completion(length, 30_000 + length, stream=False) for length in (1000, 2 * BLOCK, 2049, 3000, 4000)]
+    ours = ask_all(pair.url, asked, 3)
+    check_equal(ask_all(plain.url, asked, 3), ours, asked)
+    assert check_handed_over(pair, ours, "shm") == len(asked)
 
 
 @pytest.mark.parametrize("warm", ["prefill", "decode", "half"])
