@@ -2,7 +2,8 @@
 
     ringing process: ring ──▶ an empty datagram ──▶ a thread of the process that hangs up the bell: `rung()`
 
-It carries nothing but the fact, so one too many costs an extra look, and one too few until the sleep's own end.
+Threads of one process have transport/doorbell.py. This carries nothing but the fact, so one ring too many costs an extra
+look, and one too few lasts until the sleep's own end.
 
 Memory model: nothing is kept. The socket's name is abstract and random; rings of other users are dropped.
 Threading: `rung` is called on the bell's own thread; `Ringer.ring` is for any thread and never waits.
@@ -20,6 +21,7 @@ from contextlib import suppress
 
 _CREDENTIALS = struct.Struct("3i")
 _LOOK_S = 0.1
+_MAX_LOOKS = 50
 
 
 class Bell:
@@ -36,13 +38,15 @@ class Bell:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the thread. May be called again."""
+        """Ends the thread, or leaves it after 5 s if `rung` hangs. May be called again."""
         if not self._is_closed:
             self._is_closed = True
             ringer = Ringer()
-            while self._thread.is_alive():
+            for _ in range(_MAX_LOOKS):  # a ring is lost while others fill the socket
                 ringer.ring(self.name)
                 self._thread.join(_LOOK_S)
+                if not self._thread.is_alive():
+                    break
             ringer.close()
             self._socket.close()
 

@@ -51,9 +51,9 @@ class CopyPlan:
 
     __slots__ = ("_extents", "_only", "_pieces", "_table", "num_bytes", "shares")
 
-    def __init__(self, pieces: list[tuple[int, int, int]], shares: list[Share], source: _Side, target: _Side) -> None:
-        self.shares = shares
-        self.num_bytes = sum(share.num_bytes for share in shares)
+    def __init__(self, pieces: list[tuple[int, int, int]], source: _Side, target: _Side) -> None:
+        self.shares = _shares(pieces)
+        self.num_bytes = sum(share.num_bytes for share in self.shares)
         self._pieces = pieces
         self._extents = source.extent(), target.extent()
         self._table: Table | None = None
@@ -154,13 +154,12 @@ def _known_fitting_plan(
 def _plan(source_ids: tuple[int, ...], target_ids: tuple[int, ...], source: _Side, target: _Side) -> CopyPlan:
     size, from_stride, to_stride = source.num_bytes, source.stride, target.stride
     if _may_have_runs(source_ids, target_ids, source, target):
-        joined = list(_joined(source_ids, target_ids, max(SHARE_BYTES // size, 1)))
+        joined = _joined(source_ids, target_ids, max(SHARE_BYTES // size, 1))
         pieces = [(from_id * from_stride, to_id * to_stride, count * size) for from_id, to_id, count in joined]
-        return CopyPlan(pieces, _shares(pieces), source, target)
-    pieces = [
-        (from_id * from_stride, to_id * to_stride, size) for from_id, to_id in zip(source_ids, target_ids, strict=True)
-    ]
-    return CopyPlan(pieces, _even_shares(len(pieces), size), source, target)
+    else:
+        pairs = zip(source_ids, target_ids, strict=True)
+        pieces = [(from_id * from_stride, to_id * to_stride, size) for from_id, to_id in pairs]
+    return CopyPlan(pieces, source, target)
 
 
 def _may_have_runs(source_ids: tuple[int, ...], target_ids: tuple[int, ...], source: _Side, target: _Side) -> bool:
@@ -185,12 +184,3 @@ def _shares(pieces: Sequence[tuple[int, int, int]]) -> list[Share]:
             shares.append(Share(first, last, num_bytes))
             first, num_bytes = last, 0
     return shares
-
-
-def _even_shares(count: int, size: int) -> list[Share]:
-    """The same of pieces of one size."""
-    step = -(-SHARE_BYTES // size)
-    return [
-        Share(first, min(first + step, count), (min(first + step, count) - first) * size)
-        for first in range(0, count, step)
-    ]

@@ -7,6 +7,7 @@ One core does not use up a memory's bandwidth, and the engine's thread has a lay
 
 Memory model: addresses are raw. A job that was begun is copied whole; `cancel` and `drop` return when none of theirs is
 being copied, so memory may be unmapped or given away then. Copies may overtake each other.
+No wait here has a deadline but the end of a memcpy of this process: memory that is being written cannot be let go of.
 Threading: `start`, `finish` and `drop` are called under the endpoint's lock; `Copy` may be used from any thread, and is
 changed under the lock of its `SharedCopies`.
 """
@@ -24,6 +25,7 @@ from transport.affinity import num_copying_threads, widen_affinity
 from transport.base import TransferState
 from transport.copying import SHARE_BYTES, CopyPlan, Share
 from transport.native import copy_pieces
+from transport.transfer import SettledTransfer
 
 MIN_SHARED_BYTES = 128 << 10
 """A smaller copy is made at once: it takes little longer than handing it over."""
@@ -56,24 +58,6 @@ class Copy:
         """Ends it unless it has ended."""
         if self.state is TransferState.RUNNING:
             self.state, self.why_failed = TransferState.FAILED, why
-
-
-class Copied:
-    """A copy that was made within the call, as a Transfer."""
-
-    __slots__ = ("copy_s",)
-
-    def __init__(self, copy_s: float) -> None:
-        self.copy_s = copy_s
-
-    def poll(self) -> TransferState:
-        return TransferState.DONE
-
-    def cancel(self) -> None:
-        return
-
-    def failure(self) -> str:
-        return ""
 
 
 class Helpers:
@@ -130,12 +114,12 @@ class SharedCopies:
         self._under_way: list[_Job] = []
         self._why_failed = ""
 
-    def start(self, plan: CopyPlan, from_address: int, to_address: int) -> Copy | Copied:
+    def start(self, plan: CopyPlan, from_address: int, to_address: int) -> Copy | SettledTransfer:
         """Carries out a plan: now, if it is small; otherwise it is copied after `finish`, or before."""
         if plan.num_bytes < MIN_SHARED_BYTES or not self._helpers.can_help or copy_pieces() is None:
             begun_s = time.perf_counter()
             plan.carry_out(from_address, to_address)
-            return Copied(time.perf_counter() - begun_s)
+            return SettledTransfer(copy_s=time.perf_counter() - begun_s)
         copy = Copy(self, len(plan.shares))
         for share in plan.shares:
             with self._lock:

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import collections
 import threading
-import time
 from collections.abc import Mapping
 
 from core.errors import TransferError
 from transport.base import Blocks, Region, Transfer, TransferState
 from transport.copying import plan_of, plans_of
 from transport.order import Order, order_read, order_write
-from transport.shared_copies import MIN_SHARED_BYTES, Copied, Copy, Helpers, SharedCopies
+from transport.shared_copies import Helpers, SharedCopies
 from transport.shm_link import ShmLink
 from transport.shm_listener import ShmListener
 from transport.shm_wire import Finished, ShmDescription
@@ -111,7 +110,7 @@ class ShmEndpoint:
         with self._lock:
             transfer.fail("cancelled")
 
-    def _copied_at_once(self, tag: str, local: Blocks, remote: Blocks) -> Copy | Copied | None:
+    def _copied_at_once(self, tag: str, local: Blocks, remote: Blocks) -> Transfer | None:
         """The short way of most writes: nothing waits before it and the owner need not hear of it. A model has a write
         per layer, so what surrounds the copy counts: this way costs half of the other. None: take the other."""
         with self._lock:
@@ -124,12 +123,7 @@ class ShmEndpoint:
             plan = plan_of(source, local, target, remote)
             if plan is None:
                 return None
-            addresses = source.address + local.start, target.address + remote.start
-            if plan.num_bytes >= MIN_SHARED_BYTES:
-                return self._copies.start(plan, *addresses)
-            begun_s = time.perf_counter()
-            plan.carry_out(*addresses)
-            return Copied(time.perf_counter() - begun_s)
+            return self._copies.start(plan, source.address + local.start, target.address + remote.start)
 
     def _start(self, order: Order) -> ShmTransfer:
         transfer = ShmTransfer(self, order)

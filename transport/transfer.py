@@ -11,12 +11,13 @@ from transport.base import Transfer, TransferState
 
 
 class SettledTransfer:
-    """DONE, or FAILED with a reason, from the beginning."""
+    """DONE, or FAILED with a reason, from the beginning. copy_s: of a copy that was made within the call."""
 
-    copy_s = 0.0
+    __slots__ = ("_why_failed", "copy_s")
 
-    def __init__(self, why_failed: str = "") -> None:
+    def __init__(self, why_failed: str = "", copy_s: float = 0.0) -> None:
         self._why_failed = why_failed
+        self.copy_s = copy_s
 
     def poll(self) -> TransferState:
         return TransferState.FAILED if self._why_failed else TransferState.DONE
