@@ -2,8 +2,8 @@
 
     ringing process: ring ──▶ an empty datagram ──▶ a thread of the process that hangs up the bell: `rung()`
 
-Threads of one process have transport/doorbell.py. This carries nothing but the fact, so one ring too many costs an extra
-look, and one too few lasts until the sleep's own end.
+Threads of one process have transport/doorbell.py. This carries nothing but the fact, so one ring too many costs an
+extra look, and one too few lasts until the sleep's own end.
 
 Memory model: nothing is kept. The socket's name is abstract and random; rings of other users are dropped.
 Threading: `rung` is called on the bell's own thread; `Ringer.ring` is for any thread and never waits.
