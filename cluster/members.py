@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from cluster.logs import last_lines
-from cluster.processes import Child, group_members, signal_group, start_child
+from cluster.processes import Child, group_members, signal_group, start_child, wait_for_end
 from core.topology import InstanceInfo
 from engine.build import Device
 from engine.instance import InstanceSpec
@@ -21,6 +21,7 @@ from transport.join import JoinThread
 from transport.keys import read_keys
 
 PROBE_TIMEOUT_S = 1.0
+END_TIMEOUT_S = 5.0
 Starter = Callable[[], Child]
 
 
@@ -59,9 +60,15 @@ class Member:
         signal_group(self.pid, number)
 
     def after_death(self) -> None:
-        """Called when the head has ended: takes the rest of the group along."""
+        """Called when the head has ended: takes the rest of the group along.
+
+        Returns when nothing of it lives, or after five seconds: a forked engine core shares the API server's listening
+        socket, and with gigabytes to give back it outlives the signal; until then nobody else can listen there.
+        """
         if self.pid:
             signal_group(self.pid, signal.SIGKILL)
+            wait_for_end({self.pid}, END_TIMEOUT_S)
+            self.exit_code()  # and no zombie is left of the head
 
     def leave(self) -> None:
         """Called before it is stopped on purpose."""

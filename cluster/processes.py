@@ -79,16 +79,17 @@ def stop_groups(children: Sequence[Child], timeout_s: float = STOP_TIMEOUT_S) ->
         if child.poll() is None:
             with suppress(ProcessLookupError):
                 os.kill(child.pid, signal.SIGTERM)
-    _wait(children, timeout_s)
-    for group in living_groups({child.pid for child in children}):
+    groups = {child.pid for child in children}
+    wait_for_end(groups, timeout_s)
+    for group in living_groups(groups):
         for pid in group_members(group):
             if not _is_resource_tracker(pid):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-    _wait(children, TRACKER_TIMEOUT_S)
-    for group in living_groups({child.pid for child in children}):
+    wait_for_end(groups, TRACKER_TIMEOUT_S)
+    for group in living_groups(groups):
         signal_group(group, signal.SIGKILL)
-    _wait(children, KILL_TIMEOUT_S)
+    wait_for_end(groups, KILL_TIMEOUT_S)
     for child in children:
         child.poll()
     for path in shared:
@@ -110,13 +111,11 @@ def _is_resource_tracker(pid: int) -> bool:
     return False
 
 
-def _wait(children: Sequence[Child], timeout_s: float) -> None:
-    """Until no group lives, or the time is over."""
-    groups = {child.pid for child in children}
+def wait_for_end(groups: Collection[int], timeout_s: float) -> None:
+    """Until no process of these groups lives, or the time is over. A dead head that nobody asked for its exit code
+    counts as ended."""
     deadline = time.monotonic() + timeout_s
     while living_groups(groups) and time.monotonic() < deadline:
-        for child in children:
-            child.poll()
         time.sleep(_POLL_S)
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from cluster.members import Member
+from cluster.ports import free_ports
 from cluster.processes import start_child, stop_groups
 from cluster.supervisor import RestartBudget, Supervisor
 from tests.poll import until
@@ -40,6 +41,26 @@ def test_a_killed_member_comes_back_and_one_that_cannot_live_is_given_up(tmp_pat
         stop_groups([member.child for member in (steady, broken) if member.child])
         supervisor.release()
     assert steady.pids() == []
+
+
+def test_what_outlives_its_head_is_gone_before_the_next_start(tmp_path: Path) -> None:
+    """The second process of the group shares the head's listening socket and has two gigabytes to give back."""
+    (port,) = free_ports(1, "127.0.0.1")
+    code = (
+        "import mmap, os, socket, time; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1);"
+        f"s.bind(('127.0.0.1', {port})); s.listen(); print('listens', flush=True);"
+        "m = os.fork() or mmap.mmap(-1, 2 << 30, flags=mmap.MAP_PRIVATE);"
+        "m and hasattr(m, 'write') and [m.write(b'x' * (1 << 20)) for _ in range(2048)];"
+        "print('has it', flush=True); time.sleep(600)"
+    )
+    member = _member(tmp_path / "member", code)
+    for start in (1, 2, 3):
+        member.start()
+        until(lambda count=2 * start: member.log.read_text().count("has it") == count)  # type: ignore[misc]
+        member.kill_group()
+        member.after_death()
+        assert member.pids() == []
+    assert "in use" not in member.log.read_text()
 
 
 def test_a_child_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
