@@ -19,10 +19,9 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from core.errors import TransferError
 from transport.base import Blocks, Region
 from transport.native import Table, copy_pieces, table_of
-from transport.regions import Span, check_pairing, known_ids, known_view, resolve
+from transport.regions import Span, bytes_of_each, known_ids, known_view
 from transport.runs import runs
 
 LARGEST_ASSIGNED_BYTES = 256 << 10
@@ -100,8 +99,8 @@ def plan_of(source: Region, local: Blocks, target: Region, remote: Blocks) -> Co
     return _known_fitting_plan(
         local.ids,
         remote.ids,
-        (source.block_bytes, source.stride, source.num_blocks, local.start, local.num_bytes),
-        (target.block_bytes, target.stride, target.num_blocks, remote.start, remote.num_bytes),
+        _Range(source.block_bytes, source.stride, source.num_blocks, local.start, local.num_bytes),
+        _Range(target.block_bytes, target.stride, target.num_blocks, remote.start, remote.num_bytes),
     )
 
 
@@ -133,27 +132,41 @@ class _Side(NamedTuple):
         return (self.num_blocks - 1) * self.stride + self.num_bytes
 
 
+class _Range(NamedTuple):
+    """A region's shape, and a range of bytes inside each of its blocks, as they were asked for."""
+
+    block_bytes: int
+    stride: int
+    num_blocks: int
+    start: int
+    num_bytes: int
+
+    def side(self, ids: tuple[int, ...]) -> _Side | None:
+        """None if some of it lies outside the region."""
+        num_bytes = bytes_of_each(self.block_bytes, self.start, self.num_bytes)
+        if num_bytes is None or not known_ids(ids).are_below(self.num_blocks):
+            return None
+        return _Side(num_bytes, self.stride, self.num_blocks)
+
+
 @functools.lru_cache(maxsize=PLANS_KEPT)
 def _known_fitting_plan(
-    source_ids: tuple[int, ...], target_ids: tuple[int, ...], source: tuple[int, ...], target: tuple[int, ...]
+    source_ids: tuple[int, ...], target_ids: tuple[int, ...], source: _Range, target: _Range
 ) -> CopyPlan | None:
-    """source, target: block_bytes, stride, num_blocks; start and num_bytes of the range inside each block."""
-    blocks = [Blocks(0, ids, *side[3:]) for ids, side in ((source_ids, source), (target_ids, target))]
-    try:
-        spans = [
-            resolve({0: Region(0, 0, *side[:3])}, each, "") for each, side in zip(blocks, (source, target), strict=True)
-        ]
-        check_pairing(blocks[0], spans[0], blocks[1], spans[1])
-    except TransferError:
+    from_side, to_side = source.side(source_ids), target.side(target_ids)
+    if from_side is None or to_side is None:
         return None
-    sides = [_Side(span.num_bytes, span.region.stride, span.region.num_blocks) for span in spans]
-    return _plan(source_ids, target_ids, *sides)
+    if len(source_ids) != len(target_ids) or from_side.num_bytes != to_side.num_bytes:
+        return None
+    return _plan(source_ids, target_ids, from_side, to_side)
 
 
 @functools.lru_cache(maxsize=PLANS_KEPT)
 def _plan(source_ids: tuple[int, ...], target_ids: tuple[int, ...], source: _Side, target: _Side) -> CopyPlan:
     size, from_stride, to_stride = source.num_bytes, source.stride, target.stride
-    if _may_have_runs(source_ids, target_ids, source, target):
+    if len(source_ids) == 1:
+        pieces = [(source_ids[0] * from_stride, target_ids[0] * to_stride, size)]
+    elif _may_have_runs(source_ids, target_ids, source, target):
         joined = _joined(source_ids, target_ids, max(SHARE_BYTES // size, 1))
         pieces = [(from_id * from_stride, to_id * to_stride, count * size) for from_id, to_id, count in joined]
     else:

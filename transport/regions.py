@@ -52,15 +52,21 @@ def resolve(regions: Mapping[int, Region], blocks: Blocks, whose: str) -> Span:
     region = regions.get(blocks.region)
     if region is None:
         raise TransferError(f"{whose} region {blocks.region} is not known")
-    num_bytes = blocks.num_bytes or region.block_bytes - blocks.start
-    if blocks.start < 0 or num_bytes < 1 or blocks.start + num_bytes > region.block_bytes:
+    num_bytes = bytes_of_each(region.block_bytes, blocks.start, blocks.num_bytes)
+    if num_bytes is None:
         raise TransferError(
-            f"bytes {blocks.start}+{num_bytes} lie outside {whose} region {region.id}'s blocks of {region.block_bytes}"
+            f"bytes {blocks.start}+{blocks.num_bytes} lie outside {whose} region {region.id}'s blocks of "
+            f"{region.block_bytes}"
         )
-    ids = known_ids(blocks.ids)
-    if ids.least < 0 or ids.most >= region.num_blocks:
+    if not known_ids(blocks.ids).are_below(region.num_blocks):
         raise TransferError(f"block ids outside {whose} region {region.id} of {region.num_blocks} blocks")
     return Span(region, blocks.start, num_bytes)
+
+
+def bytes_of_each(block_bytes: int, start: int, num_bytes: int) -> int | None:
+    """How many bytes of each block a range of `Blocks` names; None if it lies outside."""
+    result = num_bytes or block_bytes - start
+    return None if start < 0 or result < 1 or start + result > block_bytes else result
 
 
 class KnownIds(NamedTuple):
@@ -69,6 +75,10 @@ class KnownIds(NamedTuple):
     least: int
     most: int
     may_have_run: bool
+
+    def are_below(self, num_blocks: int) -> bool:
+        """Whether a region of so many blocks has them all."""
+        return self.least >= 0 and self.most < num_blocks
 
 
 @functools.lru_cache(maxsize=32)

@@ -22,10 +22,12 @@ from core.errors import TransferError
 from transport.base import Blocks, Region, Transfer, TransferState
 from transport.copying import plan_of, plans_of
 from transport.order import Order, order_read, order_write
+from transport.regions import check_words
 from transport.shared_copies import Helpers, SharedCopies
 from transport.shm_link import ShmLink
 from transport.shm_listener import ShmListener
 from transport.shm_wire import Finished, ShmDescription
+from transport.transfer import SettledTransfer
 
 
 class ShmTransfer:
@@ -81,8 +83,9 @@ class ShmEndpoint:
         threading.Thread(target=self._connect, args=(description,), name="baton-shm-connect", daemon=True).start()
 
     def write(self, tag: str, local: Blocks, remote: Blocks, notice: bytes | None = None) -> Transfer:
-        if notice is None and (copy := self._copied_at_once(tag, local, remote)) is not None:
-            return copy
+        check_words(tag, notice)
+        if (transfer := self._at_once(tag, local, remote, notice)) is not None:
+            return transfer
         return self._start(order_write(self._regions, self._remote, tag, local, remote, notice))
 
     def read(self, remote: Blocks, local: Blocks) -> ShmTransfer:
@@ -110,12 +113,12 @@ class ShmEndpoint:
         with self._lock:
             transfer.fail("cancelled")
 
-    def _copied_at_once(self, tag: str, local: Blocks, remote: Blocks) -> Transfer | None:
-        """The short way of most writes: nothing waits before it and the owner need not hear of it. A model has a write
-        per layer, so what surrounds the copy counts: this way costs half of the other. None: take the other."""
+    def _at_once(self, tag: str, local: Blocks, remote: Blocks, notice: bytes | None) -> Transfer | None:
+        """The short way of most writes, where nothing waits before it. A model has a write per layer, so what surrounds
+        the copy counts: this way costs half of the other. None: take the other, which may repeat the copy."""
         with self._lock:
             link = self._link
-            if link is None or not self._is_ready or self._waiting or not link.owner.has_announced(tag):
+            if link is None or not self._is_ready or self._waiting:
                 return None
             source, target = self._regions.get(local.region), link.regions.get(remote.region)
             if source is None or target is None:
@@ -123,7 +126,18 @@ class ShmEndpoint:
             plan = plan_of(source, local, target, remote)
             if plan is None:
                 return None
-            return self._copies.start(plan, source.address + local.start, target.address + remote.start)
+            try:
+                if not link.owner.announce(tag):
+                    return None
+                copy = self._copies.start(plan, source.address + local.start, target.address + remote.start)
+                if notice is not None:
+                    self._copies.finish()
+                    if not link.owner.send(Finished(tag, notice)):
+                        return None
+            except TransferError as error:
+                self._end(str(error))
+                return SettledTransfer(self._why_failed)
+            return copy
 
     def _start(self, order: Order) -> ShmTransfer:
         transfer = ShmTransfer(self, order)
