@@ -2,7 +2,7 @@
 
 It knows of no peer, tells nobody, and checks nothing: what one core can copy, with the same block numbers and the same
 cold memory as everybody else. A layer's pieces are copied by one call of a compiled loop over memcpy
-(transport/native.py); where there is no numba, they are assigned from one view of memory to another.
+(transport/native_loops.py); where there is no numba, they are assigned from one view of memory to another.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class MemcpySender:
         return
 
     def write(self, job: Job, layers: range, *, is_last: bool) -> None:
-        size, copy = self._shape.piece_bytes, native.copy_pieces()
+        size, loops = self._shape.piece_bytes, native.compiled()
         layer_bytes = self._shape.num_blocks * size
         pairs = zip(job.local_ids, job.remote_ids, strict=True)
         pieces = [(local_id * size, remote_id * size, size) for local_id, remote_id in pairs]
         addresses = [tuple(pool.address + layer * layer_bytes for pool in self._pools) for layer in layers]
-        if copy is None:
+        if loops is None:
             _assign(pieces, addresses)
         else:
-            copy(native.table_of(pieces), 0, len(pieces), native.table_of(addresses))
+            loops.copy_pieces(native.table_of(pieces), 0, len(pieces), native.table_of(addresses))
 
     def finish(self) -> bool:
         return True

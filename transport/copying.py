@@ -8,7 +8,7 @@ Memory model: addresses are raw: only what `transport.regions.resolve` let pass 
 PLANS_KEPT plans are kept, each of at most MAX_PIECES_KEPT pieces (0.2 kB per piece, so 50 MB at the very most);
 longer lists have several.
 Threading: pure functions. Once its loop is compiled (transport/native.py), a plan is one foreign call outside the
-interpreter's lock, and several threads can have a share of it each (transport/shared_copies.py). Until then small
+interpreter's lock, and several threads can have pieces of it each (transport/shared_copies.py). Until then small
 pieces are assigned between two views, under the lock, at a third of what a foreign call costs.
 """
 
@@ -20,43 +20,37 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from transport.base import Blocks, Region
-from transport.native import Table, copy_pieces, table_of
+from transport.native import Table, compiled, table_of
 from transport.regions import Span, bytes_of_each, known_ids, known_view
 from transport.runs import runs
 
 LARGEST_ASSIGNED_BYTES = 256 << 10
 """Some 50 us, for which no other thread of the process runs Python."""
 
-SHARE_BYTES = 1 << 20
-"""What one thread takes of a large copy at a time, some 200 us: whoever takes the interpreter's lock for the next share
-may wait for it."""
+LARGEST_PIECE_BYTES = 256 << 10
+"""A run of blocks is several pieces then, so that several threads can have one each."""
 
 MAX_PIECES_KEPT = 2048
 PLANS_KEPT = 128
 """The hand-offs of one forward pass write by turns, layer by layer: as many as there may be."""
 
 
-class Share(NamedTuple):
-    """Pieces of a plan, first .. last-1, that one thread copies."""
-
-    first: int
-    last: int
-    num_bytes: int
-
-
 class CopyPlan:
     """What a list of block pairs copies, between regions of two shapes. pieces: from, to and bytes, counting from the
-    first block's first byte of either side. shares: all of them, in order, some SHARE_BYTES at a time."""
+    first block's first byte of either side."""
 
-    __slots__ = ("_extents", "_only", "_pieces", "_table", "num_bytes", "shares")
+    __slots__ = ("_extents", "_only", "_pieces", "_table", "num_bytes")
 
     def __init__(self, pieces: list[tuple[int, int, int]], source: _Side, target: _Side) -> None:
-        self.shares = _shares(pieces)
-        self.num_bytes = sum(share.num_bytes for share in self.shares)
+        self.num_bytes = sum(num_bytes for _, _, num_bytes in pieces)
         self._pieces = pieces
         self._extents = source.extent(), target.extent()
         self._table: Table | None = None
         self._only = _slices(pieces[0]) if len(pieces) == 1 and self.num_bytes <= LARGEST_ASSIGNED_BYTES else None
+
+    @property
+    def num_pieces(self) -> int:
+        return len(self._pieces)
 
     def carry_out(self, from_address: int, to_address: int) -> None:
         """Copies between two regions of these shapes, from first block to first block."""
@@ -64,18 +58,16 @@ class CopyPlan:
             from_slice, to_slice = self._only
             source, target = known_view(from_address, self._extents[0]), known_view(to_address, self._extents[1])
             target[to_slice] = source[from_slice]
-        elif copy_pieces() is None:
+        elif (loops := compiled()) is None:
             self._assign(from_address, to_address)
         elif self._pieces:
-            self.carry_out_compiled(0, len(self._pieces), [(from_address, to_address)])
+            loops.copy_pieces(self.table(), 0, len(self._pieces), table_of([(from_address, to_address)]))
 
-    def carry_out_compiled(self, first: int, last: int, addresses: Sequence[tuple[int, int]]) -> None:
-        """Copies some pieces between each of several pairs of regions. Only where the loop is compiled."""
-        copy = copy_pieces()
-        assert copy is not None
+    def table(self) -> Table:
+        """The pieces, at least one, as compiled code reads them."""
         if self._table is None:
             self._table = table_of(self._pieces)
-        copy(self._table, first, last, table_of(addresses))
+        return self._table
 
     def _assign(self, from_address: int, to_address: int) -> None:
         source, target = known_view(from_address, self._extents[0]), known_view(to_address, self._extents[1])
@@ -167,7 +159,7 @@ def _plan(source_ids: tuple[int, ...], target_ids: tuple[int, ...], source: _Sid
     if len(source_ids) == 1:
         pieces = [(source_ids[0] * from_stride, target_ids[0] * to_stride, size)]
     elif _may_have_runs(source_ids, target_ids, source, target):
-        joined = _joined(source_ids, target_ids, max(SHARE_BYTES // size, 1))
+        joined = _joined(source_ids, target_ids, max(LARGEST_PIECE_BYTES // size, 1))
         pieces = [(from_id * from_stride, to_id * to_stride, count * size) for from_id, to_id, count in joined]
     else:
         pairs = zip(source_ids, target_ids, strict=True)
@@ -186,14 +178,3 @@ def _joined(source_ids: tuple[int, ...], target_ids: tuple[int, ...], most: int)
     for from_id, to_id, count in runs(source_ids, target_ids):
         for at in range(0, count, most):
             yield from_id + at, to_id + at, min(most, count - at)
-
-
-def _shares(pieces: Sequence[tuple[int, int, int]]) -> list[Share]:
-    """In order, each complete as soon as it has SHARE_BYTES."""
-    shares, first, num_bytes = [], 0, 0
-    for last, piece in enumerate(pieces, 1):
-        num_bytes += piece[2]
-        if num_bytes >= SHARE_BYTES or last == len(pieces):
-            shares.append(Share(first, last, num_bytes))
-            first, num_bytes = last, 0
-    return shares

@@ -1,11 +1,9 @@
-"""A list of copies as one foreign call, outside the interpreter's lock: a loop over memcpy, compiled by numba.
+"""Copies in compiled code (transport/native_loops.py), where there is numba, and enough to copy.
 
-    pieces: from, to, bytes ┐
-    addresses: from, to     ├──▶ pieces first .. last-1 of each pair of addresses: 1 us around nothing but memcpy
-    first, last             ┘
+    not yet, or no numba ──▶ compiled() is None: Python copies piece by piece
+    compiled             ──▶ a list of copies is one foreign call, or is put into a queue for other threads
 
-numba comes with vLLM. Importing it and compiling take most of a second, so a thread does both, once per process, where
-there is enough to copy; until then, and where there is no numba, Python copies piece by piece.
+numba comes with vLLM. Importing it and compiling take two seconds, so a thread does both, once per process.
 
 Memory model: addresses are raw; the caller has checked them.
 Threading: anything from any thread.
@@ -17,25 +15,35 @@ import ctypes
 import gc
 import threading
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 Table = Any
 """A numpy array of int64, contiguous, of two dimensions."""
 
-CopyPieces = Callable[[Table, int, int, Table], None]
-"""(pieces: from, to and bytes, counting from a pair of addresses; first; last; addresses: pairs of from and to)"""
-
 WORTH_COMPILING_BYTES = 384 << 20
 """Of a KV cache."""
 
+_compiling = threading.Lock()
 _lock = threading.Lock()
 _is_tried = False
-_copy_pieces: CopyPieces | None = None
+_compiled: ModuleType | None = None
+_waiting: list[Callable[[], None]] = []
 
 
-def copy_pieces() -> CopyPieces | None:
-    """The compiled loop; None where there is none, or not yet."""
-    return _copy_pieces
+def compiled() -> ModuleType | None:
+    """transport.native_loops; None where there is no numba, or not yet."""
+    return _compiled
+
+
+def when_compiled(call: Callable[[], None]) -> None:
+    """Calls at once, or from the thread that compiles, or never."""
+    with _lock:
+        if not _is_tried:
+            _waiting.append(call)
+            return
+    if _compiled is not None:
+        call()
 
 
 def table_of(rows: Sequence[tuple[int, ...]]) -> Table:
@@ -53,43 +61,34 @@ def prepare(num_bytes: int) -> None:
 
 def compile_now() -> None:
     """Has it compiled, and waits. Does nothing the second time."""
-    global _is_tried, _copy_pieces
-    with _lock:
-        if not _is_tried:
-            _copy_pieces = _compiled()
-            _is_tried = True
-            gc.freeze()  # as vLLM does: numba's objects stay, and to look through them stops everything for 40 ms
+    global _is_tried, _compiled
+    with _compiling:
+        if _is_tried:
+            return
+        loops = _working_loops()
+        with _lock:
+            _compiled, _is_tried = loops, True
+            calls = _waiting.copy()
+            _waiting.clear()
+        if loops is not None:
+            for call in calls:
+                call()
+        gc.freeze()  # as vLLM does: numba's objects stay, and to look through them stops everything for 40 ms
 
 
-def _compiled() -> CopyPieces | None:
+def _working_loops() -> ModuleType | None:
     try:
-        copy = _compile()
-        return copy if _works(copy) else None
+        from transport import native_loops
+
+        return native_loops if _works(native_loops) else None
     except Exception:  # noqa: BLE001 - whatever is wrong with numba here (missing, disabled, broken): Python copies
         return None
 
 
-def _works(copy: CopyPieces) -> bool:
+def _works(loops: ModuleType) -> bool:
     source, target = ctypes.create_string_buffer(b"..abc"), ctypes.create_string_buffer(b".......")
-    pieces, addresses = [(2, 4, 1), (3, 0, 2)], [(ctypes.addressof(source), ctypes.addressof(target))]
-    copy(table_of(pieces), 0, len(pieces), table_of(addresses))
+    pieces, addresses = table_of([(2, 4, 1), (3, 0, 2)]), [(ctypes.addressof(source), ctypes.addressof(target))]
+    loops.copy_pieces(pieces, 0, 1, table_of(addresses))
+    state, rows = loops.new_state(), loops.new_rows()
+    loops.finish(state, rows, loops.put(state, rows, pieces[1:], *addresses[0]))
     return target.value == b"bc..a.."
-
-
-def _compile() -> CopyPieces:
-    import numba
-    from numba.core import types
-
-    memcpy = types.ExternalFunction("memcpy", types.voidptr(types.uintp, types.uintp, types.uintp))
-
-    @numba.njit("void(int64[:, ::1], int64, int64, int64[:, ::1])", nogil=True)  # type: ignore[untyped-decorator]
-    def copy(pieces: Table, first: int, last: int, addresses: Table) -> None:
-        for pair in range(addresses.shape[0]):
-            for piece in range(first, last):
-                memcpy(
-                    types.uintp(addresses[pair, 1] + pieces[piece, 1]),
-                    types.uintp(addresses[pair, 0] + pieces[piece, 0]),
-                    types.uintp(pieces[piece, 2]),
-                )
-
-    return copy  # type: ignore[no-any-return]

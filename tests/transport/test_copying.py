@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from transport import native
 from transport.base import Blocks, Region
-from transport.copying import LARGEST_ASSIGNED_BYTES, MAX_PIECES_KEPT, SHARE_BYTES, copy_pairs, plan_of
+from transport.copying import LARGEST_ASSIGNED_BYTES, LARGEST_PIECE_BYTES, MAX_PIECES_KEPT, copy_pairs, plan_of
 from transport.regions import Span
 
 NUM_BLOCKS = 12
@@ -21,11 +21,11 @@ NUM_BLOCKS = 12
 @pytest.fixture(autouse=True, scope="module", params=["compiled", "python"])
 def _loop(request: pytest.FixtureRequest) -> Iterator[None]:
     native.compile_now()
-    compiled = native.copy_pieces()
+    compiled = native.compiled()
     if request.param == "compiled" and compiled is None:
         pytest.skip("needs numba, which comes with vLLM")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "_copy_pieces", compiled if request.param == "compiled" else None)
+        patch.setattr(native, "_compiled", compiled if request.param == "compiled" else None)
         yield
 
 
@@ -104,15 +104,15 @@ def test_what_does_not_fit_has_no_plan_also_when_asked_again(local: Blocks, remo
 
 
 @pytest.mark.parametrize(
-    ("count", "size", "shares"), [(5, SHARE_BYTES // 4, 2), (40, 64 << 10, 3), (2, SHARE_BYTES + 4, 2)]
+    ("size", "in_a_run", "apart"),
+    [(LARGEST_PIECE_BYTES // 4, 3, 9), (LARGEST_PIECE_BYTES // 2 + 4, 9, 9), (2 * LARGEST_PIECE_BYTES, 9, 9)],
 )
-def test_a_plans_shares_are_all_of_its_pieces_in_order(count: int, size: int, shares: int) -> None:
-    """Neighbours, which are one piece where a share is large enough for it, and strangers."""
-    region = Region(0, 0, size, size, 2 * count)
-    for numbers in (tuple(range(count)), tuple(range(0, 2 * count, 2))):
+def test_neighbours_are_one_piece_as_far_as_several_threads_still_have_their_share(
+    size: int, in_a_run: int, apart: int
+) -> None:
+    region = Region(0, 0, size, size, 18)
+    for numbers, expected in ((tuple(range(9)), in_a_run), (tuple(range(0, 18, 2)), apart)):
         plan = plan_of(region, Blocks(0, numbers), region, Blocks(0, numbers))
         assert plan is not None
-        assert plan.num_bytes == count * size
-        assert [share.first for share in plan.shares] == [0, *(share.last for share in plan.shares[:-1])]
-        assert sum(share.num_bytes for share in plan.shares) == count * size
-        assert len(plan.shares) == shares
+        assert plan.num_bytes == 9 * size
+        assert plan.num_pieces == expected
