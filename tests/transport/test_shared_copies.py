@@ -275,7 +275,7 @@ def test_where_the_queue_is_full_a_copy_is_made_at_once(doors: Doors) -> None:
 def test_half_a_million_pieces_by_several_threads_are_each_where_they_belong(
     num_threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Many times around the queue's ring, which is too small for all at once. Pieces of a cancelled copy are whole or not there."""
+    """Many times around the queue's ring, too small for all. Of a cancelled copy, pieces are whole or absent."""
     monkeypatch.setattr(shared_copies, "MIN_SHARED_BYTES", 1)
     field, dice = Field(num_threads), random.Random(num_threads)
     for turn in range(20):
