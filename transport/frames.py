@@ -25,8 +25,8 @@ MAX_FRAMES_IN_FLIGHT = 64
 
 Number = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 50)]
-_Ids = Annotated[list[Number], msgspec.Meta(min_length=1, max_length=MAX_IDS_PER_FRAME)]
-_Tag = Annotated[str, msgspec.Meta(max_length=MAX_TAG_CHARACTERS)]
+Ids = Annotated[list[Number], msgspec.Meta(min_length=1, max_length=MAX_IDS_PER_FRAME)]
+Tag = Annotated[str, msgspec.Meta(max_length=MAX_TAG_CHARACTERS)]
 
 
 class Frame(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=True):
@@ -37,9 +37,9 @@ class Data(Frame, frozen=True):
     """A payload for `num_bytes` from `start` of each of these blocks, one after the other."""
 
     number: Number
-    tag: _Tag
+    tag: Tag
     region: Number
-    ids: _Ids
+    ids: Ids
     start: Number
     num_bytes: Count
 
@@ -48,7 +48,7 @@ class Notice(Frame, frozen=True):
     """Everything written under this tag before has been sent."""
 
     number: Number
-    tag: _Tag
+    tag: Tag
     notice: Annotated[bytes, msgspec.Meta(max_length=MAX_NOTICE_BYTES)]
 
 
@@ -57,7 +57,7 @@ class Ask(Frame, frozen=True):
 
     number: Number
     region: Number
-    ids: _Ids
+    ids: Ids
     start: Number
     num_bytes: Count
 

@@ -93,6 +93,10 @@ class PiecewiseTransfer:
         """Whether the peer sends the payloads."""
         return self._task.tag is None
 
+    def is_on_device(self) -> bool:
+        """Whether either side's memory is a GPU's."""
+        return self._task.local.region.device is not None or self._task.remote.region.device is not None
+
     def local(self, piece: Piece) -> tuple[Span, tuple[int, ...]]:
         """Where a piece's bytes lie, or shall lie, in local memory."""
         return self._part(self._task.local, piece), self._task.local_ids[piece.first : piece.last]
@@ -129,13 +133,18 @@ def gather(span: Span, ids: Sequence[int], room: Callable[[int], memoryview] = _
     if lie_together(span, ids):
         return view(span.address(ids[0]), len(ids) * span.num_bytes)
     gathered = room(len(ids) * span.num_bytes)
-    target = _packed(ctypes.addressof(ctypes.c_char.from_buffer(gathered)), span.num_bytes, len(ids))
-    copy_pairs(span, ids, target, range(len(ids)))
+    gather_into(gathered, span, ids)
     return gathered
 
 
+def gather_into(payload: memoryview, span: Span, ids: Sequence[int]) -> None:
+    """Copies the span's bytes of these blocks, one after the other; the payload has exactly the right size."""
+    target = _packed(ctypes.addressof(ctypes.c_char.from_buffer(payload)), span.num_bytes, len(ids))
+    copy_pairs(span, ids, target, range(len(ids)))
+
+
 def scatter(payload: bytearray | memoryview, span: Span, ids: Sequence[int]) -> None:
-    """The reverse of `gather`; the payload has exactly the right size and is writable."""
+    """The reverse of `gather_into`; the payload has exactly the right size and is writable."""
     source = _packed(ctypes.addressof(ctypes.c_char.from_buffer(payload)), span.num_bytes, len(ids))
     copy_pairs(source, range(len(ids)), span, ids)
 

@@ -12,12 +12,21 @@ from __future__ import annotations
 import collections
 
 from core.errors import ProtocolError, TransferError
-from transport.frames import Ack, Answer, Ask, Data, Nack, Notice
+from transport.frames import Ack, Answer, Ask, Nack, Notice
 from transport.parking import PARKING_TIMEOUT_S
 from transport.ucx_payloads import Settled, UcxPayloads
 from transport.ucx_receiver import Parked, UcxReceiver
 from transport.ucx_socket import UcxSocket
-from transport.ucx_wire import MAX_FRAMES_IN_FLIGHT, Hello, Refusal, Welcome, decode_to_receiver, is_proven, welcome
+from transport.ucx_wire import (
+    MAX_FRAMES_IN_FLIGHT,
+    Hello,
+    Parcel,
+    Refusal,
+    Welcome,
+    decode_to_receiver,
+    is_proven,
+    welcome,
+)
 from transport.ucx_worker import UcxPeer
 
 GREETING_TIMEOUT_S = 5.0
@@ -33,7 +42,7 @@ class UcxCaller:
 
     def __init__(self, receiver: UcxReceiver, socket: UcxSocket, id_: int, deadline_s: float) -> None:
         self.socket = socket
-        self.waiting: collections.deque[tuple[Data | Notice, bool]] = collections.deque()
+        self.waiting: collections.deque[tuple[Parcel | Notice, bool]] = collections.deque()
         self._receiver = receiver
         self._id = id_
         self._deadline_s = deadline_s
@@ -120,7 +129,7 @@ class UcxCaller:
         self.socket.say(welcome(receiver.token, receiver.worker.address, self._id))
         self.socket.turn()
 
-    def _take(self, peer: UcxPeer, frame: Data | Notice, may_park: bool, now_s: float) -> bool:
+    def _take(self, peer: UcxPeer, frame: Parcel | Notice, may_park: bool, now_s: float) -> bool:
         """Applies, parks or refuses the first frame that waits; False if that must wait."""
         receiver = self._receiver
         if may_park:

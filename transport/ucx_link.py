@@ -2,9 +2,9 @@
 
     Endpoint.write ──▶ queue ──▶ frames in flight (at most WINDOW_BYTES) ──▶ Ack, Nack, Answer ──▶ transfer ends
 
-Memory model: payloads are views of local memory where the blocks lie together, copies otherwise. A cancelled transfer
-keeps running until every frame of it that is under way has been answered; a failed one ends after UCX has let go of
-its memory.
+Memory model: payloads are views of local memory or copies, see transport/ucx_outgoing.py. A cancelled transfer keeps
+running until every frame of it that is under way has been answered; a failed one ends after UCX has let go of its
+memory.
 Threading: everything here belongs to the I/O thread, except `start`, `cancel` and `close`, which other threads call:
 they only append to deques and read what changes once.
 """
@@ -17,8 +17,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from core.errors import BatonError, ProtocolError
-from transport.frames import Ack, Answer, Nack, Piece
-from transport.pieces import PiecewiseTransfer, gather, lie_together, payload_bytes, scatter
+from transport.frames import Ack, Answer, Ask, Data, Nack, Notice, Piece
+from transport.pieces import PiecewiseTransfer, lie_together, payload_bytes, scatter
+from transport.ucx_outgoing import Outgoing
 from transport.ucx_socket import UcxSocket
 from transport.ucx_wire import (
     MAX_FRAMES_IN_FLIGHT,
@@ -134,7 +135,8 @@ class UcxLink:
 
         def end() -> None:
             for each in sent:
-                each.transfer.fail(self.why_failed)
+                for transfer, _ in each.parts:
+                    transfer.fail(self.why_failed)
 
         if line is None:
             end()
@@ -173,24 +175,40 @@ class UcxLink:
     def _send(self, line: _Line, peer: UcxPeer) -> None:
         """Fills the window: first every frame, so that the receiver can ask for the payloads ahead, then payload by
         payload as it is gathered, so that the first travels while the next are being copied."""
-        payloads: list[tuple[int, PiecewiseTransfer, Piece]] = []
+        frames = self._take_frames()
+        for frame in frames:
+            peer.say(frame.parcel() if isinstance(frame, Outgoing) else frame)
+        peer.flush()
+        for frame in frames:
+            if isinstance(frame, Outgoing):
+                peer.send_payload(frame.number, frame.payload(line.buffers))
+                line.worker.advance()
+
+    def _take_frames(self) -> list[Outgoing | Ask | Notice]:
+        """As many as fit into the window."""
+        frames: list[Outgoing | Ask | Notice] = []
         while self._orders.queue and not self._window.is_full():
             transfer = self._orders.queue[0]
-            number = self._window.next_number
-            taken = transfer.take(number)
+            taken = transfer.take(self._window.next_number)
             if taken is None:
                 self._orders.queue.popleft()
                 transfer.end_if_answered()
                 continue
             piece, frame = taken
-            peer.say(frame)
-            if piece is not None and not transfer.is_read():
-                payloads.append((number, transfer, piece))
-            self._window.add(_Sent(transfer, piece, FRAME_COST_BYTES + (payload_bytes(piece) if piece else 0)))
-        peer.flush()
-        for number, transfer, piece in payloads:
-            peer.send_payload(number, line.gather(number, transfer, piece))
-            line.worker.advance()
+            if piece is None or not isinstance(frame, Data):
+                assert not isinstance(frame, Data)
+                frames.append(frame)
+                self._window.add(transfer, piece)
+                continue
+            last = frames[-1] if frames else None
+            if isinstance(last, Outgoing) and last.takes(frame, transfer, piece):
+                self._window.join(last.number, transfer, piece)
+            else:
+                last = Outgoing(frame.number, frame.tag)
+                frames.append(last)
+                self._window.add(transfer, piece)
+            last.add(frame, transfer, piece)
+        return frames
 
     def _answered(self, number: int, why_not: str = "") -> bool:
         sent = self._window.take(number)
@@ -198,36 +216,44 @@ class UcxLink:
             return False
         if self._line is not None:
             self._line.buffers.answered(number)
-        if why_not:
-            sent.transfer.stop(f"the receiver refused: {why_not}")
-        sent.transfer.answered()
+        for transfer, _ in sent.parts:
+            if why_not:
+                transfer.stop(f"the receiver refused: {why_not}")
+            transfer.answered()
         return True
 
     def _expect(self, number: int) -> bool:
         sent = self._window.frames.get(number)
-        if self._line is None or sent is None or sent.piece is None or not sent.transfer.is_read():
+        if self._line is None or sent is None:
             return False
-        if any(number == waiting for waiting, _ in self._line.answers):
+        transfer, piece = sent.parts[0]
+        if piece is None or not transfer.is_read() or any(number == answer.number for answer in self._line.answers):
             return False
-        self._line.answers.append((number, sent))
+        self._line.answers.append(_Answered(number, transfer, piece))
         return True
 
     def _fill(self, line: _Line) -> None:
         """Puts the answers that have arrived in place."""
         while line.answers:
-            number, sent = line.answers[0]
-            if sent.piece is None or not line.fill(number, sent.transfer, sent.piece):
+            if not line.fill(*line.answers[0]):
                 return
-            line.answers.popleft()
-            self._answered(number, line.why_unfilled)
+            self._answered(line.answers.popleft().number, line.why_unfilled)
 
 
-class _Sent(NamedTuple):
-    """A frame that has not been answered yet; no piece for a notice."""
+class _Sent:
+    """A frame that has not been answered yet, and what it has of which transfers; no piece for a notice."""
 
+    def __init__(self) -> None:
+        self.parts: list[tuple[PiecewiseTransfer, Piece | None]] = []
+        self.cost = FRAME_COST_BYTES
+
+
+class _Answered(NamedTuple):
+    """A payload that we have asked for, and that is on its way."""
+
+    number: int
     transfer: PiecewiseTransfer
-    piece: Piece | None
-    cost: int
+    piece: Piece
 
 
 class _Orders:
@@ -247,15 +273,11 @@ class _Line:
         self.worker = worker
         self.socket = socket
         self.peer: UcxPeer | None = None
-        self.answers: collections.deque[tuple[int, _Sent]] = collections.deque()
+        self.answers: collections.deque[_Answered] = collections.deque()
         self.buffers = FrameBuffers()
         self.why_unfilled = ""
         self._id = id_
         self._running: tuple[Any, bytearray | None] | None = None
-
-    def gather(self, number: int, transfer: PiecewiseTransfer, piece: Piece) -> memoryview:
-        """A frame's payload; a copy stays as it is until the frame is answered."""
-        return gather(*transfer.local(piece), lambda num_bytes: self.buffers.lend(number, num_bytes))
 
     def fill(self, number: int, transfer: PiecewiseTransfer, piece: Piece) -> bool:
         """Whether the payload is in place, or never will be (`why_unfilled`)."""
@@ -314,10 +336,20 @@ class _Window:
             self._heard_s, self.is_heard = now_s, False
         return now_s - self._heard_s > ANSWER_TIMEOUT_S
 
-    def add(self, sent: _Sent) -> None:
-        self.frames[self.next_number] = sent
-        self.next_number = (self.next_number + 1) & NUMBER_MASK
-        self._num_bytes += sent.cost
+    def add(self, transfer: PiecewiseTransfer, piece: Piece | None) -> None:
+        """A frame under the next number."""
+        number = self.next_number
+        self.frames[number] = _Sent()
+        self.next_number = (number + 1) & NUMBER_MASK
+        self._num_bytes += FRAME_COST_BYTES
+        self.join(number, transfer, piece)
+
+    def join(self, number: int, transfer: PiecewiseTransfer, piece: Piece | None) -> None:
+        """One more piece in a frame."""
+        sent, num_bytes = self.frames[number], payload_bytes(piece) if piece else 0
+        sent.parts.append((transfer, piece))
+        sent.cost += num_bytes
+        self._num_bytes += num_bytes
 
     def take(self, number: int) -> _Sent | None:
         sent = self.frames.pop(number, None)

@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 from core.errors import TransferError
 from transport.base import Blocks, Region
-from transport.frames import Ask, Data, Notice
+from transport.frames import Ask, Notice
 from transport.landing import Inbox
 from transport.parking import Parking
 from transport.pieces import gather, lie_together
 from transport.regions import resolve
 from transport.ucx_rooms import Rooms
-from transport.ucx_wire import MAX_MESSAGE_BYTES
+from transport.ucx_wire import MAX_MESSAGE_BYTES, Parcel, Part
 from transport.ucx_worker import UcxWorker
 
 _PARKED_COST_BYTES = 512
@@ -30,8 +30,8 @@ _PARKED_COST_BYTES = 512
 class Parked(NamedTuple):
     """A frame whose tag is not expected yet; its payload waits in UCX's memory. waiting: where it goes then."""
 
-    waiting: collections.deque[tuple[Data | Notice, bool]]
-    frame: Data | Notice
+    waiting: collections.deque[tuple[Parcel | Notice, bool]]
+    frame: Parcel | Notice
     until_s: float
 
     @property
@@ -39,8 +39,7 @@ class Parked(NamedTuple):
         return self.frame.tag
 
     def cost(self) -> int:
-        num_bytes = len(self.frame.ids) * self.frame.num_bytes if isinstance(self.frame, Data) else 0
-        return _PARKED_COST_BYTES + num_bytes
+        return _PARKED_COST_BYTES + (self.frame.size() if isinstance(self.frame, Parcel) else 0)
 
 
 class UcxReceiver:
@@ -90,6 +89,6 @@ class UcxReceiver:
         return gather(span, ask.ids)
 
 
-def blocks_of(frame: Data | Ask) -> Blocks:
-    """The part of our memory that a frame names."""
-    return Blocks(frame.region, tuple(frame.ids), frame.start, frame.num_bytes)
+def blocks_of(part: Part | Ask) -> Blocks:
+    """The part of our memory that is named."""
+    return Blocks(part.region, tuple(part.ids), part.start, part.num_bytes)

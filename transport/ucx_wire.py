@@ -3,14 +3,14 @@
     sender                                             receiver, listens on the host's address alone
       ── TCP: Hello(proof, UCX address, id) ──▶            checks version, then proof; only then UCX hears of the peer
       ◀── TCP: Welcome(proof, UCX address, id) or Refusal(why) ──
-      ── UCX control: [Data, Notice, Ask, ...] ──▶         ── UCX payload of a Data, under its number ──▶
+      ── UCX control: [Parcel, Notice, Ask, ...] ──▶       ── UCX payload of a Parcel, under its number ──▶
       ◀── UCX control: [Ack, Nack, Answer, ...] ──         ◀── UCX payload of an Answer, under its number ──
 
 A UCX tag is (id of the connection, as its receiver chose it) << 32 | is it a payload << 31 | number. The TCP
 connection stays: its end is the end of the peer. Its messages start with a magic word and PROTOCOL_VERSION, so that
 any version can tell any other what it is.
 
-History of PROTOCOL_VERSION: 1, the first; 2, payloads of 1 MiB (before: 128 KiB).
+History of PROTOCOL_VERSION: 1, the first; 2, payloads of 1 MiB (before: 128 KiB); 3, several writes in one payload.
 
 Memory and threading: pure functions and facts.
 """
@@ -25,12 +25,13 @@ import msgspec
 
 from core.errors import ProtocolError, TransferError
 from transport.address import is_address
-from transport.frames import Ack, Answer, Ask, Data, Frame, Nack, Notice, Number, RegionShape
+from transport.frames import Ack, Answer, Ask, Count, Data, Frame, Ids, Nack, Notice, Number, RegionShape, Tag
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_MESSAGE_BYTES = 1 << 20
 """Of one UCX message: a payload, or a batch of frames."""
 
+MAX_PARTS = 64
 BATCH_BYTES = 8 << 10
 """A batch of frames is sent when it has grown so large, or when nothing more is to be said."""
 
@@ -53,7 +54,33 @@ _Proof = Annotated[bytes, msgspec.Meta(max_length=64)]
 _UcxAddress = Annotated[bytes, msgspec.Meta(min_length=1, max_length=16 << 10)]
 _Id = Annotated[int, msgspec.Meta(ge=1, lt=1 << 32)]
 
-ToReceiver = Data | Notice | Ask
+
+class Part(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What a parcel has for a region: `num_bytes` from `start` of each of these blocks, one after the other."""
+
+    region: Number
+    ids: Ids
+    start: Number
+    num_bytes: Count
+
+    def size(self) -> int:
+        """In bytes."""
+        return len(self.ids) * self.num_bytes
+
+
+class Parcel(Frame, frozen=True):
+    """A payload for these parts, one after the other; where there are several, of several writes under one tag."""
+
+    number: Number
+    tag: Tag
+    parts: Annotated[list[Part], msgspec.Meta(min_length=1, max_length=MAX_PARTS)]
+
+    def size(self) -> int:
+        """Of the payload, in bytes."""
+        return sum(part.size() for part in self.parts)
+
+
+ToReceiver = Parcel | Notice | Ask
 ToSender = Ack | Nack | Answer
 
 
@@ -110,6 +137,11 @@ _BAD_INPUT = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 def encode(what: ToReceiver | ToSender | UcxDescription) -> bytes:
     """One frame of a batch, or a description."""
     return _ENCODER.encode(what)
+
+
+def part_of(data: Data) -> Part:
+    """What a transfer would send as a frame of its own."""
+    return Part(data.region, data.ids, data.start, data.num_bytes)
 
 
 def batch(encoded: list[bytes]) -> bytes:

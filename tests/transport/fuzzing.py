@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from transport.frames import Ask, Data, Notice
+from transport.ucx_wire import Parcel, Part
 
 FUZZ = settings(
     max_examples=40,
@@ -27,7 +28,28 @@ FRAMES = st.one_of(
         Ask, st.integers(0, 100), st.integers(0, 2), st.lists(st.integers(0, 9), min_size=1), st.just(0), st.just(4096)
     ),
 )
-"""Frames of zmq and ucx, well-formed and mostly of nothing that is expected."""
+"""Frames of zmq, well-formed and mostly of nothing that is expected."""
+
+UCX_FRAMES = st.one_of(
+    FRAMES.filter(lambda frame: not isinstance(frame, Data)),
+    st.builds(
+        Parcel,
+        st.integers(0, 100),
+        st.sampled_from(["t", "other", ""]),
+        st.lists(
+            st.builds(
+                Part,
+                st.integers(0, 2),
+                st.lists(st.integers(0, 9), min_size=1, max_size=3),
+                st.integers(0, 5000),
+                st.integers(1, 5000),
+            ),
+            min_size=1,
+            max_size=3,
+        ),
+    ),
+)
+"""The same of ucx."""
 
 MUTATIONS = st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(1, 255)), min_size=1, max_size=4)
 

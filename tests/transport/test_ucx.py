@@ -224,7 +224,7 @@ def test_writes_that_come_before_they_are_expected_are_kept_for_a_while_in_order
         endpoint.write("t", sender.blocks([0, 1]), receiver.blocks([0, 1])),
         endpoint.write("t", sender.blocks([2]), receiver.blocks([2]), b"end"),
     ]
-    until(lambda: _num_parked(receiver) == 3, what="frames are parked")
+    until(lambda: _num_parked(receiver) == 2, what="a parcel and a notice are parked")
     clock.advance(3)
     receiver.transport._io.wake()  # type: ignore[attr-defined]
     finish(*early, state=TransferState.FAILED)
@@ -242,14 +242,14 @@ def test_writes_that_come_before_they_are_expected_are_kept_for_a_while_in_order
 def test_another_version_is_refused_with_both_values() -> None:
     sender, receiver = Owned(make()), Owned(make())
     known = decode_description(receiver.transport.describe())
-    with pytest.raises(TransferError, match="version 9 of the ucx protocol, this side version 2"):
+    with pytest.raises(TransferError, match="version 9 of the ucx protocol, this side version 3"):
         sender.transport.connect(encode(msgspec.structs.replace(known, version=9)))
     host, port = known.address.removeprefix("tcp://").split(":")
     with socket.create_connection((host, int(port)), 5.0) as stranger:
         stranger.settimeout(5.0)
         stranger.sendall(encode_greeting(hello(known.token, b"address", 1), version=9))
         answer = b"".join(iter(lambda: stranger.recv(4096), b""))
-    assert b"version 9 of the ucx protocol, this side version 2" in answer
+    assert b"version 9 of the ucx protocol, this side version 3" in answer
     with pytest.raises(TransferError, match="'zmq' is not one of ucx"):
         sender.transport.connect(encode(msgspec.structs.replace(known, scheme="zmq")))
     for owned in (sender, receiver):

@@ -13,16 +13,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.poll import until
-from tests.transport.fuzzing import FRAMES
+from tests.transport.fuzzing import UCX_FRAMES
 from tests.transport.memory import Owned
 from tests.transport.ucx_stranger import Stranger
 from transport import schemes
 from transport.conformance_pair import finish
-from transport.frames import Ask, Data, Notice
+from transport.frames import Ask, Notice
 from transport.ucx import UcxTransport
 from transport.ucx_library import Lease
 from transport.ucx_wire import (
     MAX_MESSAGE_BYTES,
+    Parcel,
+    Part,
     UcxDescription,
     batch,
     decode_description,
@@ -121,9 +123,9 @@ def test_random_bytes_at_ucx_own_port_harm_nobody(attacked: Attacked) -> None:
 
 
 @FUZZ
-@given(frame=FRAMES, num_bytes=st.integers(0, 9000), at=st.integers(0, 60), flip=st.integers(0, 255))
+@given(frame=UCX_FRAMES, num_bytes=st.integers(0, 9000), at=st.integers(0, 60), flip=st.integers(0, 255))
 def test_mutated_frames_of_a_known_peer_write_nothing_unexpected(
-    attacked: Attacked, frame: Data | Notice | Ask, num_bytes: int, at: int, flip: int
+    attacked: Attacked, frame: Parcel | Notice | Ask, num_bytes: int, at: int, flip: int
 ) -> None:
     stranger = Stranger(attacked.worker, attacked.description)
     message = bytearray(batch([encode(frame)]))
@@ -148,7 +150,7 @@ def test_a_message_that_is_no_batch_ends_its_connection_alone(attacked: Attacked
 def test_a_payload_of_another_size_is_refused(attacked: Attacked, num_bytes: int) -> None:
     before, landing = attacked.malformed(), attacked.receiver.expect("sizes", [1])
     stranger = Stranger(attacked.worker, attacked.description)
-    stranger.frames(Data(0, "sizes", 0, [1], 0, 4096))
+    stranger.frames(Parcel(0, "sizes", [Part(0, [1], 0, 4096)]))
     stranger.payload(0, num_bytes)
     until(lambda: stranger.is_hung_up_on() or attacked.malformed() > before, 5.0, "it is refused")
     assert landing.num_written() == 0
@@ -159,7 +161,7 @@ def test_a_payload_of_another_size_is_refused(attacked: Attacked, num_bytes: int
 
 def test_a_flood_of_frames_without_payloads_ends_its_connection(attacked: Attacked) -> None:
     stranger = Stranger(attacked.worker, attacked.description)
-    frames = [encode(Data(number, "t", 0, [1], 0, 4096)) for number in range(1000)]
+    frames = [encode(Parcel(number, "t", [Part(0, [1], 0, 4096)])) for number in range(1000)]
     for first in range(0, 1000, 250):
         stranger.control(batch(frames[first : first + 250]))
     until(stranger.is_hung_up_on, 5.0, "the receiver hangs up")

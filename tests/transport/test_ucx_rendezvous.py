@@ -14,10 +14,10 @@ from tests.transport.memory import Owned
 from tests.transport.ucx_stranger import Stranger
 from transport import schemes, ucx_library
 from transport.base import Landing
-from transport.frames import Data, Notice
+from transport.frames import Notice
 from transport.ucx import UcxTransport
 from transport.ucx_library import Lease
-from transport.ucx_wire import decode_description
+from transport.ucx_wire import Parcel, Part, decode_description
 from transport.ucx_worker import UcxWorker
 
 pytestmark = [
@@ -37,7 +37,7 @@ class Announced:
     def announce(self, tag: str) -> Landing:
         """The landing of a block that is being received."""
         landing = self.receiver.expect(tag, [1])
-        self.stranger.frames(Data(0, tag, 0, [1], 0, 4096), Notice(1, tag, b"end"))
+        self.stranger.frames(Parcel(0, tag, [Part(0, [1], 0, 4096)]), Notice(1, tag, b"end"))
         self.stranger.payload(0, 4096)
 
         def has_begun() -> bool:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from core.errors import TransferError
 from tests.poll import until
 from tests.transport.memory import Owned
-from tests.transport.ucx_stranger import Stranger, num_rooms_lent
+from tests.transport.ucx_stranger import Stranger, meanwhile, num_rooms_lent
 from transport import schemes
 from transport.conformance_pair import finish
-from transport.frames import Data
 from transport.ucx import UcxTransport
 from transport.ucx_caller import UcxCaller
 from transport.ucx_library import Lease
 from transport.ucx_payloads import MAX_RUNNING
 from transport.ucx_rooms import MARK_BYTES, MAX_ROOMS
-from transport.ucx_wire import decode_description
+from transport.ucx_wire import Parcel, Part, decode_description
 from transport.ucx_worker import UcxPeer, UcxWorker
 
 pytestmark = [
@@ -42,7 +41,7 @@ class Waiting:
     def announced(self, tag: str, count: int = 1) -> Stranger:
         """A stranger for each of whose announcements a room waits."""
         before, stranger = num_rooms_lent(self.receiver), self.stranger()
-        stranger.frames(*(Data(number, tag, 0, APART, 0, 4096) for number in range(count)))
+        stranger.frames(*(Parcel(number, tag, [Part(0, APART, 0, 4096)]) for number in range(count)))
         expected = min(before + count, MAX_ROOMS)
         meanwhile(stranger, lambda: num_rooms_lent(self.receiver) == expected, "rooms wait")
         return stranger
@@ -67,16 +66,6 @@ class Waiting:
     def close(self) -> None:
         self.receiver.transport.close()
         self._lease.give_back()
-
-
-def meanwhile(stranger: Stranger, condition: Callable[[], bool], what: str) -> None:
-    """Waits, and lets the stranger send."""
-
-    def holds() -> bool:
-        stranger.progress()
-        return condition()
-
-    until(holds, 5.0, what)
 
 
 @pytest.fixture
@@ -151,7 +140,7 @@ def test_a_receive_that_ucx_refuses_ends_its_connection_alone(
     waiting.receiver.expect("t", APART)
     monkeypatch.setattr(UcxPeer, "receive_ahead", refuses)
     stranger = waiting.stranger()
-    stranger.frames(Data(0, "t", 0, APART, 0, 4096))
+    stranger.frames(Parcel(0, "t", [Part(0, APART, 0, 4096)]))
     until(stranger.is_hung_up_on, 5.0, "the receiver hangs up")
     assert num_rooms_lent(waiting.receiver) == 0
     monkeypatch.undo()
@@ -176,7 +165,7 @@ def test_where_a_rendezvous_is_possible_nothing_is_asked_for_ahead(monkeypatch: 
     waiting = Waiting()
     waiting.receiver.expect("t", APART)
     stranger = waiting.stranger()
-    stranger.frames(Data(0, "t", 0, APART, 0, 4096))
+    stranger.frames(Parcel(0, "t", [Part(0, APART, 0, 4096)]))
     meanwhile(stranger, lambda: any(caller.waiting for caller in waiting.callers()), "its frame waits")
     assert num_rooms_lent(waiting.receiver) == 0
     waiting.check_serves()

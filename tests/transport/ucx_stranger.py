@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from core.errors import BatonError
 from tests.poll import until
 from tests.transport.memory import Owned
+from transport.frames import Nack
 from transport.ucx_socket import UcxSocket
-from transport.ucx_wire import ToReceiver, UcxDescription, Welcome, batch, control_tag, encode, hello, payload_tag
+from transport.ucx_wire import (
+    ToReceiver,
+    UcxDescription,
+    Welcome,
+    batch,
+    control_tag,
+    decode_to_sender,
+    encode,
+    hello,
+    payload_tag,
+)
 from transport.ucx_worker import UcxPeer, UcxWorker, array
 
 
@@ -36,6 +49,13 @@ class Stranger:
     def progress(self) -> None:
         self._worker.progress()
 
+    def refusals(self) -> list[str]:
+        """Why the receiver has refused frames since the last call."""
+        self._worker.progress()
+        control = self._worker.next_control()
+        frames = (decode_to_sender(control.message) if control else None) or []
+        return [frame.why for frame in frames if isinstance(frame, Nack)]
+
     def is_hung_up_on(self) -> bool:
         self._worker.progress()
         try:
@@ -63,3 +83,13 @@ class Stranger:
 def num_rooms_lent(receiver: Owned) -> int:
     """Rooms of its transport into which UCX may still write."""
     return int(receiver.transport._io._parts.receiver.rooms.num_lent)  # type: ignore[attr-defined]
+
+
+def meanwhile(stranger: Stranger, condition: Callable[[], bool], what: str) -> None:
+    """Waits, and lets the stranger send."""
+
+    def holds() -> bool:
+        stranger.progress()
+        return condition()
+
+    until(holds, 5.0, what)
