@@ -83,17 +83,21 @@ def _slices(piece: tuple[int, int, int]) -> tuple[slice, slice]:
     return slice(from_at, from_at + num_bytes), slice(to_at, to_at + num_bytes)
 
 
-def plan_of(source: Region, local: Blocks, target: Region, remote: Blocks) -> CopyPlan | None:
-    """What copies these blocks of one region to those of another. None if they do not fit, which `resolve` and
-    `check_pairing` explain, or are too many for one plan."""
-    if len(local.ids) > MAX_PIECES_KEPT:
-        return None
-    return _known_fitting_plan(
-        local.ids,
-        remote.ids,
-        _Range(source.block_bytes, source.stride, source.num_blocks, local.start, local.num_bytes),
-        _Range(target.block_bytes, target.stride, target.num_blocks, remote.start, remote.num_bytes),
-    )
+def plans_of_blocks(source: Region, local: Blocks, target: Region, remote: Blocks) -> list[CopyPlan]:
+    """What copies these blocks of one region to those of another, however many. None at all if they do not fit, which
+    `resolve` and `check_pairing` explain."""
+    sides = _Range.of(source, local), _Range.of(target, remote)
+    if max(len(local.ids), len(remote.ids)) <= MAX_PIECES_KEPT:
+        plan = _known_fitting_plan(local.ids, remote.ids, *sides)
+        return [] if plan is None else [plan]
+    plans = []
+    for at in range(0, max(len(local.ids), len(remote.ids)), MAX_PIECES_KEPT):
+        some = slice(at, at + MAX_PIECES_KEPT)
+        plan = _known_fitting_plan(local.ids[some], remote.ids[some], *sides)
+        if plan is None:
+            return []
+        plans.append(plan)
+    return plans
 
 
 def copy_pairs(source: Span, source_ids: Sequence[int], target: Span, target_ids: Sequence[int]) -> None:
@@ -132,6 +136,10 @@ class _Range(NamedTuple):
     num_blocks: int
     start: int
     num_bytes: int
+
+    @classmethod
+    def of(cls, region: Region, blocks: Blocks) -> _Range:
+        return cls(region.block_bytes, region.stride, region.num_blocks, blocks.start, blocks.num_bytes)
 
     def side(self, ids: tuple[int, ...]) -> _Side | None:
         """None if some of it lies outside the region."""

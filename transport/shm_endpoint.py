@@ -20,14 +20,14 @@ from collections.abc import Mapping
 
 from core.errors import TransferError
 from transport.base import Blocks, Region, Transfer, TransferState
-from transport.copying import plan_of, plans_of
+from transport.copying import plans_of, plans_of_blocks
 from transport.order import Order, order_read, order_write
 from transport.regions import check_words
 from transport.shared_copies import Helpers, SharedCopies
 from transport.shm_link import ShmLink
 from transport.shm_listener import ShmListener
 from transport.shm_wire import Finished, ShmDescription
-from transport.transfer import SettledTransfer
+from transport.transfer import JoinedTransfer, SettledTransfer
 
 
 class ShmTransfer:
@@ -123,13 +123,14 @@ class ShmEndpoint:
             source, target = self._regions.get(local.region), link.regions.get(remote.region)
             if source is None or target is None:
                 return None
-            plan = plan_of(source, local, target, remote)
-            if plan is None:
+            plans = plans_of_blocks(source, local, target, remote)
+            if not plans:
                 return None
             try:
                 if not link.owner.announce(tag):
                     return None
-                copy = self._copies.start(plan, source.address + local.start, target.address + remote.start)
+                addresses = source.address + local.start, target.address + remote.start
+                copies = [self._copies.start(plan, *addresses) for plan in plans]
                 if notice is not None:
                     self._copies.finish()
                     if not link.owner.send(Finished(tag, notice)):
@@ -137,7 +138,7 @@ class ShmEndpoint:
             except TransferError as error:
                 self._end(str(error))
                 return SettledTransfer(self._why_failed)
-            return copy
+            return copies[0] if len(copies) == 1 else JoinedTransfer(copies)
 
     def _start(self, order: Order) -> ShmTransfer:
         transfer = ShmTransfer(self, order)

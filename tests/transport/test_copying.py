@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from transport import native
 from transport.base import Blocks, Region
-from transport.copying import LARGEST_ASSIGNED_BYTES, LARGEST_PIECE_BYTES, MAX_PIECES_KEPT, copy_pairs, plan_of
+from transport.copying import LARGEST_ASSIGNED_BYTES, LARGEST_PIECE_BYTES, MAX_PIECES_KEPT, copy_pairs, plans_of_blocks
 from transport.regions import Span
 
 NUM_BLOCKS = 12
@@ -76,8 +76,7 @@ def test_one_plan_serves_every_layer_and_each_range_inside_the_blocks() -> None:
     for layer, memory in enumerate(layers):
         here = Region(layer, ctypes.addressof(memory), 4, 4, 4)
         local, remote = Blocks(layer, (2, 0), 1, 2), Blocks(9, (1, 3), 2)
-        plan = plan_of(here, local, there, remote)
-        assert plan is not None
+        (plan,) = plans_of_blocks(here, local, there, remote)
         plan.carry_out(here.address + local.start, there.address + remote.start)
         of_layer = bytes(range(16 * layer, 16 * layer + 16))
         expected = bytearray(32)
@@ -99,8 +98,17 @@ def test_one_plan_serves_every_layer_and_each_range_inside_the_blocks() -> None:
 def test_what_does_not_fit_has_no_plan_also_when_asked_again(local: Blocks, remote: Blocks) -> None:
     region = Region(0, 4096, 8, 8, NUM_BLOCKS)
     for _ in range(2):
-        assert plan_of(region, local, region, remote) is None
-    assert plan_of(region, Blocks(0, (0, 1)), region, Blocks(0, (2, 3))) is not None
+        assert plans_of_blocks(region, local, region, remote) == []
+    assert plans_of_blocks(region, Blocks(0, (0, 1)), region, Blocks(0, (2, 3)))
+
+
+def test_a_long_list_of_which_something_does_not_fit_has_no_plan_either() -> None:
+    count = MAX_PIECES_KEPT + 2
+    region = Region(0, 4096, 8, 8, count)
+    ids = tuple(range(count))
+    assert sum(plan.num_bytes for plan in plans_of_blocks(region, Blocks(0, ids), region, Blocks(0, ids))) == 8 * count
+    for wrong in ((*ids[:-1], count), ids[:-1], ids[: MAX_PIECES_KEPT - 1]):
+        assert plans_of_blocks(region, Blocks(0, ids), region, Blocks(0, wrong)) == []
 
 
 @pytest.mark.parametrize(
@@ -112,7 +120,6 @@ def test_neighbours_are_one_piece_as_far_as_several_threads_still_have_their_sha
 ) -> None:
     region = Region(0, 0, size, size, 18)
     for numbers, expected in ((tuple(range(9)), in_a_run), (tuple(range(0, 18, 2)), apart)):
-        plan = plan_of(region, Blocks(0, numbers), region, Blocks(0, numbers))
-        assert plan is not None
+        (plan,) = plans_of_blocks(region, Blocks(0, numbers), region, Blocks(0, numbers))
         assert plan.num_bytes == 9 * size
         assert plan.num_pieces == expected

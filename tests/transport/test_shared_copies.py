@@ -16,7 +16,7 @@ from transport import native, shared_copies
 from transport.base import Blocks, Endpoint, Region, TransferState
 from transport.conformance import check_transport
 from transport.conformance_pair import finish
-from transport.copying import MAX_PIECES_KEPT, plan_of
+from transport.copying import MAX_PIECES_KEPT, plans_of_blocks
 from transport.shared_copies import Copy, Helpers, Queue, SharedCopies
 from transport.shm import ShmTransport
 from transport.transfer import SettledTransfer
@@ -155,6 +155,19 @@ def test_a_large_write_returns_before_it_is_copied_and_the_notice_comes_behind_i
     assert 0 < first.copy_s < 1
 
 
+def test_a_write_of_more_blocks_than_a_plan_has_returns_before_it_is_copied_too(doors: Doors) -> None:
+    count = 2 * MAX_PIECES_KEPT + 1
+    two = Two(128, 2 * count)
+    ids = list(range(0, 2 * count, 2))  # no two of them are neighbours
+    transfer = two.endpoint.write("t", two.sender.blocks(ids), two.receiver.blocks(ids))
+    assert transfer.poll() is TransferState.RUNNING
+    two.finish(1)
+    assert two.filled() == sorted([*ids, 1])
+    assert transfer.poll() is TransferState.DONE
+    doors.are_open.set()
+    two.close()
+
+
 def test_a_notice_waits_for_what_a_helper_is_copying(large: Two) -> None:
     begun = large.write([0])
     large.wait_for_first_byte()
@@ -254,8 +267,7 @@ class Field:
 
     def start(self, ids: tuple[int, ...]) -> Copy | SettledTransfer:
         blocks = Blocks(0, ids)
-        plan = plan_of(self._regions[0], blocks, self._regions[1], blocks)
-        assert plan is not None
+        (plan,) = plans_of_blocks(self._regions[0], blocks, self._regions[1], blocks)
         return self.copies.start(plan, self._regions[0].address, self._regions[1].address)
 
 
