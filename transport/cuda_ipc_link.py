@@ -47,7 +47,9 @@ class CudaIpcLink:
         self._abandon()
 
     def _fetch(self, description: CudaIpcDescription) -> list[Exported]:
-        hello, _ = self.owner.hello(MAX_HELLO_BYTES, 0)
+        hello, fds = self.owner.hello(MAX_HELLO_BYTES, 0)
+        for fd in fds:  # whoever sends memories this way is not one of us
+            os.close(fd)
         return decode_hello(hello, description)
 
     def _map(self, memory: Exported) -> int:

@@ -1,6 +1,6 @@
 """The connector's end of the socket on which it speaks to an owner of memory on this host (shm, cuda_ipc).
 
-    connect ──▶ uid checked ──▶ hello (bytes and descriptors, once) ──▶ Opening(tag), Finished(tag, notice), ...
+    connect ──▶ uid checked ──▶ hello (bytes and descriptors, once) ──▶ Opening(tag) aside, Finished(tag, notice), ...
 
 Memory model: bounded; it remembers the last 4,096 tags that it announced.
 Threading: connecting and the hello wait, at most 10 s each, on a thread of the caller's; afterwards nothing waits, and
@@ -28,6 +28,7 @@ class OwnerSocket:
 
     def __init__(self, name: str) -> None:
         self._announced: collections.OrderedDict[str, None] = collections.OrderedDict()
+        self._side: socket.socket | None = None
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             # Time limits of the socket itself: Python's own would make connect fail at once where the backlog is full.
@@ -46,9 +47,11 @@ class OwnerSocket:
         return peer_pid(self._socket)
 
     def hello(self, max_bytes: int, max_fds: int) -> tuple[bytes, list[int]]:
-        """The owner's first packet, empty if it refused. From here on nothing waits."""
-        word, fds, _, _ = socket.recv_fds(self._socket, max_bytes, max_fds, socket.MSG_CMSG_CLOEXEC)
+        """The owner's first packet, empty if it refused, and the descriptors of its memories. From here on nothing
+        waits."""
+        word, fds, _, _ = socket.recv_fds(self._socket, max_bytes, max_fds + 1, socket.MSG_CMSG_CLOEXEC)
         self._socket.setblocking(False)
+        self._side = _take_socket(fds)
         return word, fds
 
     @property
@@ -74,7 +77,7 @@ class OwnerSocket:
         queue is full now."""
         if tag in self._announced:
             return True
-        if not self.send(Opening(tag)):
+        if not self._send_aside(Opening(tag)) and not self.send(Opening(tag)):
             return False
         self._announced[tag] = None
         if len(self._announced) > MAX_TAGS_REMEMBERED:
@@ -94,3 +97,23 @@ class OwnerSocket:
     def close(self) -> None:
         """Hangs up."""
         self._socket.close()
+        if self._side is not None:
+            self._side.close()
+
+    def _send_aside(self, packet: Packet) -> bool:
+        """Without waking the owner. False if there is no room, or no owner."""
+        try:
+            return self._side is not None and self._side.send(encode_packet(packet)) > 0
+        except OSError:
+            return False
+
+
+def _take_socket(fds: list[int]) -> socket.socket | None:
+    """The last descriptor, if it is a socket's; owners of an earlier version, and others, send none."""
+    try:
+        side = socket.socket(fileno=fds[-1])
+    except (OSError, IndexError):
+        return None
+    fds.pop()
+    side.setblocking(False)
+    return side

@@ -1,11 +1,12 @@
 """The owner's side of memory shared on one host (shm, cuda_ipc): greets connectors, hears who writes under which tag.
 
-    abstract socket ──▶ Writer (one per connection: its tags, whether it has hung up) ──▶ ShmLanding (one per tag)
+    abstract socket, a side socket per connection ──▶ Writer (one per connection) ──▶ ShmLanding (one per tag)
 
 Memory model: landings are held by whoever opened them and only weakly here, so that a closed landing still learns
 that its writer has hung up. Words for tags without a landing wait, bounded, until `expect` asks for them.
-Threading: one thread runs `_Listener.run`; `Letterbox`'s lock guards what it shares with the engine's thread. It also
-watches the connections that this process has made to other owners, so that a dead owner's memory is let go at once.
+Threading: one thread runs `ShmListener._run`; `Letterbox`'s lock guards what it shares with the engine's thread, which
+reads the side sockets too, when it must know who writes. The listener's thread also watches the connections that this
+process has made to other owners, so that a dead owner's memory is let go at once.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ MAX_CONNECTIONS = 1024
 MAX_EARLY_TAGS = 1024
 MAX_EARLY_PACKETS = 16
 PACKETS_PER_TURN = 64
+OPENINGS_PER_TURN = 4096
+"""More than a side socket holds (some 280, by the kernel's default)."""
+
 _PEER_CREDENTIALS = struct.Struct("3i")
 
 
@@ -41,11 +45,16 @@ class Greeting(NamedTuple):
 
 
 class Writer:
-    """One connection. `has_hung_up`: its mapping is gone."""
+    """One connection. side: where it announces itself. `has_hung_up`: its mapping is gone."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, side: socket.socket) -> None:
         self.connection = connection
+        self.side = side
         self.has_hung_up = False
+
+    def close(self) -> None:
+        self.connection.close()
+        self.side.close()
 
 
 class ShmLanding:
@@ -71,10 +80,15 @@ class ShmLanding:
 
     def peer_gone(self) -> bool:
         with self._box.lock:
-            return bool(self._writers) and all(writer.has_hung_up for writer in self._writers)
+            if not self._are_all_gone():
+                return False
+            self._box.hear_openings()
+            return self._are_all_gone()
 
     def has_writer(self) -> bool:
         with self._box.lock:
+            if not self._writers:
+                self._box.hear_openings()
             return bool(self._writers)
 
     def close(self) -> bool:
@@ -92,18 +106,25 @@ class ShmLanding:
         self._notices.append(packet.notice)
         return True
 
+    def _are_all_gone(self) -> bool:
+        return bool(self._writers) and all(writer.has_hung_up for writer in self._writers)
+
 
 class Letterbox:
-    """Landings by tag, and the words that came before their landing."""
+    """Landings by tag, and the words that came before their landing. malformed: packets of side sockets that were
+    dropped."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        self.writers: set[Writer] = set()
+        self.malformed = 0
         self._landings: weakref.WeakValueDictionary[str, ShmLanding] = weakref.WeakValueDictionary()
         self._early: collections.OrderedDict[str, list[tuple[Writer, Packet]]] = collections.OrderedDict()
 
     def open(self, tag: str) -> ShmLanding:
         """Raises TransferError if the tag is open already."""
         with self.lock:
+            self.hear_openings()  # those of an earlier landing of this name are not for the new one alone
             known = self._landings.get(tag)
             if known is not None and known.is_open:
                 raise TransferError(f"a landing is open already under tag {tag!r}")
@@ -114,18 +135,53 @@ class Letterbox:
         return landing
 
     def deliver(self, writer: Writer, packet: Packet) -> bool:
-        """False if the packet had to be dropped."""
+        """False if the packet had to be dropped. What lies at the side socket is heard behind it: a notice is waited
+        for."""
         with self.lock:
-            landing = self._landings.get(packet.tag)
-            if landing is not None:
-                return landing.take(writer, packet)
-            waiting = self._early.setdefault(packet.tag, [])
-            waiting.append((writer, packet))
-            while len(self._early) > MAX_EARLY_TAGS:
-                self._early.popitem(last=False)
-            if len(waiting) > MAX_EARLY_PACKETS:
-                waiting.pop()
-                return False
+            is_delivered = self._deliver(writer, packet)
+        with self.lock:
+            self._hear_openings_of(writer)
+        return is_delivered
+
+    def hear_openings(self) -> None:
+        """What lies at the side sockets. Under the lock."""
+        for writer in self.writers:
+            self._hear_openings_of(writer)
+
+    def add(self, writer: Writer) -> None:
+        with self.lock:
+            self.writers.add(writer)
+
+    def remove(self, writer: Writer) -> None:
+        """Its connection has ended."""
+        with self.lock:
+            self._hear_openings_of(writer)
+            self.writers.discard(writer)
+            writer.has_hung_up = True
+
+    def _hear_openings_of(self, writer: Writer) -> None:
+        for _ in range(OPENINGS_PER_TURN):
+            try:
+                wire = writer.side.recv(MAX_PACKET_BYTES + 1)
+            except OSError:  # nothing there; or the peer is gone, of which its connection tells
+                return
+            if not wire:
+                return
+            packet = decode_packet(wire) if len(wire) <= MAX_PACKET_BYTES else None
+            if not isinstance(packet, Opening) or not self._deliver(writer, packet):
+                self.malformed += 1
+
+    def _deliver(self, writer: Writer, packet: Packet) -> bool:
+        landing = self._landings.get(packet.tag)
+        if landing is not None:
+            return landing.take(writer, packet)
+        waiting = self._early.setdefault(packet.tag, [])
+        waiting.append((writer, packet))
+        while len(self._early) > MAX_EARLY_TAGS:
+            self._early.popitem(last=False)
+        if len(waiting) > MAX_EARLY_PACKETS:
+            waiting.pop()
+            return False
         return True
 
 
@@ -137,7 +193,7 @@ class ShmListener:
         self._greet = greet
         self._writers: dict[int, Writer] = {}
         self._watched: dict[int, Callable[[], object]] = {}
-        self.malformed = 0
+        self._malformed = 0
         self.name = f"baton-{secrets.token_hex(16)}"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.bind(b"\0" + self.name.encode())
@@ -151,6 +207,11 @@ class ShmListener:
         self._pause.register(self._stop_fd, select.POLLIN)
         self._thread = threading.Thread(target=self._run, name="baton-shm", daemon=True)
         self._thread.start()
+
+    @property
+    def malformed(self) -> int:
+        """Packets that were dropped."""
+        return self._malformed + self._box.malformed
 
     def watch(self, fd: int, on_hang_up: Callable[[], object]) -> None:
         """Calls once, on the thread, when the other end of a connection of ours has hung up, unless `unwatch` comes
@@ -169,8 +230,10 @@ class ShmListener:
         """Hangs up on everyone. Mappings that peers hold stay with them."""
         os.eventfd_write(self._stop_fd, 1)
         self._thread.join()
+        with self._box.lock:
+            self._box.writers.clear()
         for writer in self._writers.values():
-            writer.connection.close()
+            writer.close()
         self._writers.clear()
         self._epoll.close()
         self._socket.close()
@@ -201,12 +264,22 @@ class ShmListener:
             connection.close()
             return
         try:
-            greeting = self._greet()
-            socket.send_fds(connection, [greeting.word], greeting.fds)
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError:
             connection.close()
             return
-        self._writers[connection.fileno()] = Writer(connection)
+        ours.setblocking(False)
+        writer = Writer(connection, ours)
+        try:
+            greeting = self._greet()
+            socket.send_fds(connection, [greeting.word], [*greeting.fds, theirs.fileno()])
+        except OSError:
+            writer.close()
+            return
+        finally:
+            theirs.close()
+        self._writers[connection.fileno()] = writer
+        self._box.add(writer)
         self._epoll.register(connection.fileno(), select.EPOLLIN)
 
     def _hear(self, writer: Writer, is_hung_up: bool) -> None:
@@ -223,7 +296,7 @@ class ShmListener:
                 return
             packet = decode_packet(wire) if len(wire) <= MAX_PACKET_BYTES else None
             if packet is None or not self._box.deliver(writer, packet):
-                self.malformed += 1
+                self._malformed += 1
 
     def _end_of(self, writer: Writer, is_hung_up: bool) -> None:
         fd = writer.connection.fileno()
@@ -232,9 +305,8 @@ class ShmListener:
             return
         self._epoll.unregister(fd)
         del self._writers[fd]
-        writer.connection.close()
-        with self._box.lock:
-            writer.has_hung_up = True
+        self._box.remove(writer)
+        writer.close()
 
 
 def peer_pid(connection: socket.socket) -> int:

@@ -1,12 +1,16 @@
 """What two processes of one host say to each other over the shm transport's socket, and how they know the host.
 
-    connector ── connect ──▶ owner          uid checked on both sides (SO_PEERCRED)
-    connector ◀── Hello + memfds ── owner   SCM_RIGHTS, once
-    connector ── Opening(tag) ──▶ owner     before the first byte is written under a tag
-    connector ── Finished(tag, notice) ──▶  after the data
+    connector ── connect ──▶ owner               uid checked on both sides (SO_PEERCRED)
+    connector ◀── Hello + memfds, a side socket ── owner   SCM_RIGHTS, once
+    connector ── Opening(tag), aside ──▶ owner   before the first byte is written under a tag
+    connector ── Finished(tag, notice) ──▶       after the data
 
 Every packet is one SOCK_SEQPACKET message of MessagePack. End of the connection means that the connector's mapping
 is gone: the kernel closes a dying process's files only after its memory, and a closing endpoint unmaps first.
+
+Nobody waits at the side socket: an Opening lies there until the owner hears a Finished, hears of the connection's end,
+or is asked who writes. It wakes no thread, which on a busy host would take the writer's core in mid-write. Where the
+side socket is full, an Opening goes the other way.
 """
 
 from __future__ import annotations

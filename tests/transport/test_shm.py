@@ -121,6 +121,46 @@ def test_writes_before_the_memory_is_mapped_are_carried_out_in_order() -> None:
         owned.transport.close()
 
 
+def test_whoever_writes_is_known_at_once_however_many_tags_he_announces() -> None:
+    """More than his side socket takes; the owner's thread need not have run. What was announced is remembered, bounded,
+    for landings that are opened later."""
+    sender, receiver = Owned(ShmTransport(), fill=1), Owned(ShmTransport())
+    endpoint = sender.transport.connect(receiver.transport.describe())
+    finish(endpoint.write("hello", sender.blocks([0]), receiver.blocks([0]), b"."))
+    expected = [receiver.expect(f"t{number}", [0]) for number in range(400)]
+    assert not any(landing.has_writer() for landing in expected)
+    for number, landing in enumerate(expected):
+        endpoint.write(f"t{number}", sender.blocks([0]), receiver.blocks([0]))
+        if number % 100 == 99:
+            assert landing.has_writer()
+            assert not landing.peer_gone()
+    endpoint.write("early", sender.blocks([0]), receiver.blocks([0]))
+    finish(*[endpoint.write(f"not yet {at}", sender.blocks([0]), receiver.blocks([0])) for at in range(500)])
+    assert all(landing.has_writer() for landing in (*expected, receiver.expect("early", [0])))
+    endpoint.close()
+    until(lambda: all(landing.peer_gone() for landing in expected), what="his end is known too")
+    for owned in (sender, receiver):
+        owned.transport.close()
+
+
+def test_a_writer_whose_announcement_was_not_heard_yet_counts_beside_one_that_is_gone() -> None:
+    receiver = Owned(ShmTransport())
+    landing = receiver.expect("t", [0])
+    first, second = Owned(ShmTransport(), fill=1), Owned(ShmTransport(), fill=2)
+    endpoints = [each.transport.connect(receiver.transport.describe()) for each in (first, second)]
+    for endpoint, each in zip(endpoints, (first, second), strict=True):
+        finish(endpoint.write("hello", each.blocks([0]), receiver.blocks([0])))
+    finish(endpoints[0].write("t", first.blocks([0]), receiver.blocks([0])))
+    finish(endpoints[1].write("t", second.blocks([0]), receiver.blocks([0])))
+    endpoints[0].close()
+    until(lambda: len(receiver.transport._box.writers) == 1, what="the first is gone")  # type: ignore[attr-defined]
+    assert not landing.peer_gone()
+    endpoints[1].close()
+    until(landing.peer_gone, what="the second is gone, too")
+    for owned in (first, second, receiver):
+        owned.transport.close()
+
+
 def test_a_notice_waits_for_its_landing() -> None:
     sender, receiver = Owned(ShmTransport(), fill=3), Owned(ShmTransport())
     endpoint = sender.transport.connect(receiver.transport.describe())
