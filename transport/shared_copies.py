@@ -77,12 +77,17 @@ class Helpers:
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._num_threads = num_copying_threads(os.cpu_count() or 1) - 1
+        self._is_asked = False
         self.queue: Queue | None = None
         """None on one core, before they have started, and when closed."""
 
     def start(self) -> None:
         """Starts them as soon as the loops are compiled, unless somebody has. Takes some milliseconds: not for the
         engine's thread."""
+        with self._lock:
+            if self._is_asked:
+                return
+            self._is_asked = True
         native.when_compiled(self._start)
 
     def close(self) -> None:

@@ -241,6 +241,12 @@ def test_until_the_loops_are_compiled_everything_is_copied_within_the_write(monk
     two = Two()
     early = two.endpoint.write("t", two.sender.blocks(range(9)), two.receiver.blocks(range(9)))
     assert isinstance(early, SettledTransfer)
+    for _ in range(3):  # whoever connects again while nothing is compiled does not wait a second time
+        again = two.sender.transport.connect(two.receiver.transport.describe())
+        finish(again.write("again", two.sender.blocks([0]), two.receiver.blocks([31])))
+        again.close()
+    assert len(native._waiting) == 1
+    two.receiver.put(31, bytes(BLOCK_BYTES))
     assert two.filled() == list(range(9))
     native.compile_now()
     two.write([10])
