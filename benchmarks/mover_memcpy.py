@@ -35,7 +35,7 @@ class MemcpySender:
         if loops is None:
             _assign(pieces, addresses)
         else:
-            loops.copy_pieces(native.table_of(pieces), 0, len(pieces), native.table_of(addresses))
+            loops.copy_pieces(native.table_of(pieces), native.table_of(addresses))
 
     def finish(self) -> bool:
         return True

@@ -61,7 +61,7 @@ class CopyPlan:
         elif (loops := compiled()) is None:
             self._assign(from_address, to_address)
         elif self._pieces:
-            loops.copy_pieces(self.table(), 0, len(self._pieces), table_of([(from_address, to_address)]))
+            loops.copy_pieces(self.table(), table_of([(from_address, to_address)]))
 
     def table(self) -> Table:
         """The pieces, at least one, as compiled code reads them."""
@@ -86,12 +86,8 @@ def _slices(piece: tuple[int, int, int]) -> tuple[slice, slice]:
 def plans_of_blocks(source: Region, local: Blocks, target: Region, remote: Blocks) -> list[CopyPlan]:
     """What copies these blocks of one region to those of another, however many. None at all if they do not fit, which
     `resolve` and `check_pairing` explain."""
-    sides = _Range.of(source, local), _Range.of(target, remote)
-    if max(len(local.ids), len(remote.ids)) <= MAX_PIECES_KEPT:
-        plan = _known_fitting_plan(local.ids, remote.ids, *sides)
-        return [] if plan is None else [plan]
-    plans = []
-    for at in range(0, max(len(local.ids), len(remote.ids)), MAX_PIECES_KEPT):
+    sides, plans = (_Range.of(source, local), _Range.of(target, remote)), []
+    for at in range(0, max(len(local.ids), len(remote.ids), 1), MAX_PIECES_KEPT):
         some = slice(at, at + MAX_PIECES_KEPT)
         plan = _known_fitting_plan(local.ids[some], remote.ids[some], *sides)
         if plan is None:
@@ -164,9 +160,7 @@ def _known_fitting_plan(
 @functools.lru_cache(maxsize=PLANS_KEPT)
 def _plan(source_ids: tuple[int, ...], target_ids: tuple[int, ...], source: _Side, target: _Side) -> CopyPlan:
     size, from_stride, to_stride = source.num_bytes, source.stride, target.stride
-    if len(source_ids) == 1:
-        pieces = [(source_ids[0] * from_stride, target_ids[0] * to_stride, size)]
-    elif _may_have_runs(source_ids, target_ids, source, target):
+    if _may_have_runs(source_ids, target_ids, source, target):
         joined = _joined(source_ids, target_ids, max(LARGEST_PIECE_BYTES // size, 1))
         pieces = [(from_id * from_stride, to_id * to_stride, count * size) for from_id, to_id, count in joined]
     else:

@@ -88,7 +88,7 @@ def _working_loops() -> ModuleType | None:
 def _works(loops: ModuleType) -> bool:
     source, target = ctypes.create_string_buffer(b"..abc"), ctypes.create_string_buffer(b".......")
     pieces, addresses = table_of([(2, 4, 1), (3, 0, 2)]), [(ctypes.addressof(source), ctypes.addressof(target))]
-    loops.copy_pieces(pieces, 0, 1, table_of(addresses))
+    loops.copy_pieces(pieces[:1], table_of(addresses))
     state, rows = loops.new_state(), loops.new_rows()
     loops.finish(state, rows, loops.put(state, rows, pieces[1:], *addresses[0]))
     return target.value == b"bc..a.."

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import numpy
 from numba.core import types
 
 Array = Any
@@ -57,11 +58,11 @@ _broadcast = types.ExternalFunction("pthread_cond_broadcast", types.int32(types.
 _clock = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.uintp))
 
 
-@numba.njit("void(int64[:, ::1], int64, int64, int64[:, ::1])", nogil=True, cache=_IS_KEPT)  # type: ignore[untyped-decorator]
-def copy_pieces(pieces: Array, first: int, last: int, addresses: Array) -> None:
-    """Pieces (from, to and bytes, counting from a pair of addresses) first .. last-1 of each pair of addresses."""
+@numba.njit("void(int64[:, ::1], int64[:, ::1])", nogil=True, cache=_IS_KEPT)  # type: ignore[untyped-decorator]
+def copy_pieces(pieces: Array, addresses: Array) -> None:
+    """Pieces (from, to and bytes, counting from a pair of addresses) of each pair of addresses."""
     for pair in range(addresses.shape[0]):
-        for piece in range(first, last):
+        for piece in range(pieces.shape[0]):
             _memcpy(
                 types.uintp(addresses[pair, 1] + pieces[piece, 1]),
                 types.uintp(addresses[pair, 0] + pieces[piece, 0]),
@@ -205,8 +206,6 @@ def close(state: Array) -> None:
 
 def new_state() -> Array:
     """Of an empty queue."""
-    import numpy
-
     result = numpy.zeros(STATE_LENGTH, dtype=numpy.int64)
     result[_BATCHES::_BATCH] = _FREE
     return result
@@ -214,6 +213,4 @@ def new_state() -> Array:
 
 def new_rows() -> Array:
     """Room for NUM_ROWS pieces, some 400 kB."""
-    import numpy
-
     return numpy.zeros((NUM_ROWS, 3), dtype=numpy.int64)
