@@ -13,14 +13,17 @@ from core.handoff import Role
 
 class FromCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What one tier of the KV cache gave one request, counted by the worker that compared it. seconds: of the copy.
-    saved_s: what computing the tokens would have taken at this instance's measured pace, less the copy; 0 where that
-    was never measured."""
+    waited_s: for how long of it the request did not get on; in_step: the copy ran beside the forward pass that computes
+    with the tokens. saved_s: what computing them would have taken at this instance's measured pace, less the waiting; 0
+    where that was never measured."""
 
     tier: str
     tokens: int
     num_bytes: int
     seconds: float
     saved_s: float = 0.0
+    waited_s: float = 0.0
+    in_step: bool = False
 
 
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -32,6 +32,11 @@ class Arrived(msgspec.Struct, frozen=True):
     why_lost: str = ""
     loaded: Loaded | None = None
 
+    @property
+    def in_step(self) -> bool:
+        """Whether the step that is over has computed with them already; then vLLM does not wait for the request."""
+        return self.loaded is not None and self.loaded.in_step
+
     def with_that_of(self, other: Arrived) -> Arrived:
         """The same request on two tensor-parallel ranks."""
         loaded = self.loaded or other.loaded

@@ -23,6 +23,7 @@ from engine.settings import ConnectorSettings
 from kvcache import wire
 from kvcache.arena import Arena, Share, slot_bytes
 from kvcache.client import CacheClient, fetch_arena
+from kvcache.copiers import Copiers
 from kvcache.keys import BlockKey, block_key, join_keys, namespace, tenant_of
 from kvcache.loader import Loader
 from kvcache.orders import CacheOrders, CacheResults, Loaded
@@ -31,6 +32,7 @@ from kvcache.partial import PartialBlocks, root_key
 from kvcache.prompt import KeyedPrompt
 from kvcache.reader import Reader
 from kvcache.shape import ELEMENT_BYTES, BlockShape
+from kvcache.step_loader import StepLoader
 from kvcache.storer import Storer
 from kvcache.writer import Writer
 from transport.base import Region
@@ -79,9 +81,10 @@ def by_tier(loaded: Loaded, pace: Pace) -> list[FromCache]:
     parts = []
     for tier, num_blocks in loaded.tiers.items():
         share, tokens = num_blocks / max(loaded.num_blocks, 1), loaded.tokens[tier]
-        seconds, compute_s = loaded.seconds * share, pace.compute_s(tokens)
-        saved_s = 0.0 if compute_s is None else compute_s - seconds
-        parts.append(FromCache(tier, tokens, round(loaded.num_bytes * share), seconds, saved_s))
+        num_bytes, seconds, waited_s = round(loaded.num_bytes * share), loaded.seconds * share, loaded.waited_s * share
+        compute_s = pace.compute_s(tokens)
+        saved_s = 0.0 if compute_s is None else compute_s - waited_s
+        parts.append(FromCache(tier, tokens, num_bytes, seconds, saved_s, waited_s, loaded.in_step))
     return parts
 
 
@@ -138,11 +141,18 @@ class CacheScheduler:
         wait_s = ANSWER_WAIT_S if is_idle else 0.0
         return self._reader.look_up(request.request_id, request.num_prompt_tokens, found_tokens, wait_s)
 
-    def allocated(self, request_id: str, block_ids: Sequence[int], found_tokens: int, num_tokens: int) -> None:
-        """The engine has allocated blocks, `num_tokens` of which are to be loaded."""
+    def fits_a_step(self, request_id: str, num_tokens: int) -> bool:
+        """Whether loading so many tokens may be part of the step that computes with them."""
+        return self._reader.fits_a_step(request_id, num_tokens)
+
+    def allocated(
+        self, request_id: str, block_ids: Sequence[int], found_tokens: int, num_tokens: int, *, in_step: bool = False
+    ) -> None:
+        """The engine has allocated blocks, `num_tokens` of which are to be loaded, in this step or before the request
+        is scheduled."""
         self._writer.granted(request_id, self._reader.grants(request_id))
         if num_tokens > 0:
-            self._reader.load(request_id, block_ids, found_tokens, num_tokens)
+            self._reader.load(request_id, block_ids, found_tokens, num_tokens, in_step=in_step)
         else:
             self._reader.started(request_id)
 
@@ -239,7 +249,9 @@ class CacheWorker:
         arena = Arena(regions, lambda: fetch_arena(path, name), share)
         self._bell = ""
         self._ringer = Ringer()
-        self._loader = Loader(arena, clock, faults, lambda: self._ringer.ring(self._bell))
+        self._copiers = Copiers()
+        self._loader = Loader(arena, self._copiers, clock, faults, lambda: self._ringer.ring(self._bell))
+        self._step_loader = StepLoader(arena, len(regions), self._copiers, clock, faults)
         self._storer = Storer(arena, len(regions), clock, faults)
         self._computes = False
         self._loader.prepare("")
@@ -248,10 +260,20 @@ class CacheWorker:
         """Before the forward pass. bell: to be rung when a load has ended."""
         self._computes = False
         self._bell = bell
+        self._step_loader.order([load for load in orders.loads if load.in_step])
         for load in orders.loads:
-            self._loader.start(load)
+            if not load.in_step:
+                self._loader.start(load)
         for store in self._storer.begin_step(orders.stores):
             self._loader.prepare(store.arena_id)
+
+    def load_in_step(self) -> None:
+        """Right before the forward pass, of a step that has loads of its own."""
+        self._step_loader.begin()
+
+    def wait_for(self, layer: int) -> None:
+        """Right before one layer's attention."""
+        self._step_loader.wait_for(layer)
 
     def layer_done(self, layer: int) -> None:
         """Right after one layer of the forward pass."""
@@ -260,7 +282,9 @@ class CacheWorker:
 
     def end(self) -> CacheResults:
         """After the forward pass."""
-        results = CacheResults(loaded=self._loader.ended(0.0 if self._computes else LOAD_WAIT_S))
+        in_step = self._step_loader.end()
+        self._storer.spoil({loaded.request_id for loaded in in_step if loaded.why})
+        results = CacheResults(loaded=in_step + self._loader.ended(0.0 if self._computes else LOAD_WAIT_S))
         self._storer.end_step(results)
         return results
 
@@ -269,6 +293,7 @@ class CacheWorker:
         return self._loader.num_running()
 
     def close(self) -> None:
-        """Ends the loading thread."""
+        """Ends the threads."""
         self._loader.close()
+        self._copiers.close()
         self._ringer.close()

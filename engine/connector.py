@@ -3,9 +3,11 @@
 vLLM makes two of these per instance, one beside its scheduler and one in its worker, and calls them in this order:
 
     scheduler: get_num_new_matched_tokens → update_state_after_alloc → build_connector_meta
-    worker:    bind_connector_metadata → forward { save_kv_layer per layer } → start_load_kv → wait_for_save
-               → get_transfer_results → build_connector_worker_meta
+    worker:    bind_connector_metadata → start_load_kv (*) → forward { wait_for_layer_load → save_kv_layer, per layer }
+               → wait_for_save → get_transfer_results → get_block_ids_with_load_errors → build_connector_worker_meta
     scheduler: request_finished (for what ended) → update_connector_output
+
+(*) after the forward pass if no request of the step has a load that is part of it.
 
 What each hook does stands in `engine/worker_hooks.py` and `engine/scheduler_hooks.py`.
 """
@@ -39,7 +41,8 @@ class BatonConnector(WorkerHooks, SchedulerHooks, SupportsHMA):
         num_ranks = vllm_config.parallel_config.tensor_parallel_size
         if role is KVConnectorRole.SCHEDULER:
             algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)
-            pool = Pool(kv_cache_config.num_blocks, num_ranks)
+            in_lockstep = not vllm_config.scheduler_config.async_scheduling
+            pool = Pool(kv_cache_config.num_blocks, num_ranks, in_lockstep)
             self._scheduler = SchedulerSide(settings, layout, pool, algorithm)
         else:
             share = Share(internals.tensor_parallel_rank(), num_ranks)

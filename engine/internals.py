@@ -23,6 +23,7 @@ from core.prompt import Prompt
 def check() -> None:
     """Raises UnsupportedError if this vLLM lacks something that the connector relies on."""
     from vllm.distributed.kv_transfer.kv_connector.v1 import base
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
@@ -32,6 +33,8 @@ def check() -> None:
         (base.KVConnectorBase_V1, "get_mem_pool_context"),
         (base.KVConnectorBase_V1, "build_connector_worker_meta"),
         (base.KVConnectorBase_V1, "bind_kv_cache_manager"),
+        (base.KVConnectorBase_V1, "get_block_ids_with_load_errors"),
+        (KVCacheManager, "evict_blocks"),
         (Request, "update_block_hashes"),
     ]
     missing = [f"{owner.__name__}.{name}" for owner, name in wanted if not hasattr(owner, name)]

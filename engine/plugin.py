@@ -1,8 +1,8 @@
 """vLLM's general plugin of Baton: vLLM calls `register` in every process that it starts.
 
-Two things that must happen inside the process: on a CPU the permission for AMX tiles (without it a bf16 engine can
-die of SIGILL on its first request), and, where Baton's launcher asks for it, the tie to the parent: vLLM's engine core
-and workers would otherwise outlive a killed API server.
+What must happen inside the process: on a CPU the permission for AMX tiles (without it a bf16 engine can die of SIGILL
+on its first request) and seeds that cannot end an engine (engine/patches.py); and, where Baton's launcher asks for it,
+the tie to the parent: vLLM's engine core and workers would otherwise outlive a killed API server.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping
 
 from engine.instance import ENV_DIE_WITH_PARENT, ENV_ENGINE_CORES
+from engine.patches import keep_seeds_on_cpu
 from transport.parent import die_with_parent
 
 _RANK_CORES = {
@@ -31,6 +32,8 @@ def register() -> None:
     try:
         allow_amx()
         parent = multiprocessing.parent_process()
+        if parent is not None and is_on_cpu():
+            keep_seeds_on_cpu()
         if parent is not None and parent.pid is not None and os.environ.get(ENV_DIE_WITH_PARENT) == "1":
             die_with_parent(parent.pid)
             bind_engine(os.environ)
@@ -45,6 +48,13 @@ def allow_amx() -> None:
     init = getattr(torch.cpu, "_init_amx", None)
     if init is not None:
         init()
+
+
+def is_on_cpu() -> bool:
+    """Whether vLLM computes on the CPU here."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def bind_engine(environment: Mapping[str, str]) -> None:

@@ -22,8 +22,8 @@ _log = init_logger("vllm.baton")
 @dataclass
 class EngineRequest:
     """One request. ticket: None if it carries none, or none that parses. sends, receives: this instance's part in it.
-    found, cached: tokens of the plan, in the engine's own cache and behind them in the host's. is_allocated: it has
-    blocks."""
+    found, cached: tokens of the plan, in the engine's own cache and behind them in the host's. in_step: those of the
+    host's are loaded in the step that computes with them. is_allocated: it has blocks."""
 
     request: Any
     ticket: Handoff | None
@@ -31,6 +31,7 @@ class EngineRequest:
     receives: bool
     found: int = 0
     cached: int = 0
+    in_step: bool = False
     is_allocated: bool = False
     _prompt: Prompt | None = None
 
@@ -38,6 +39,12 @@ class EngineRequest:
     def awaits_peer(self) -> bool:
         """Whether another instance computes its prompt for this one."""
         return self.receives and self.ticket is not None and self.ticket.prefill is not None
+
+    @property
+    def is_seeded(self) -> bool:
+        """Whether its samples depend on how often was drawn before, also in vain."""
+        params = self.request.sampling_params
+        return params is not None and params.seed is not None
 
     def prompt(self) -> Prompt:
         """As the hand-off logic sees it; only for one with a ticket."""

@@ -36,7 +36,7 @@ class SchedulerHooks(KVConnectorBase_V1):
         """Gives admission the pool's fill."""
         super().bind_kv_cache_manager(kv_cache_manager)
         if self._scheduler is not None:
-            self._scheduler.watch_pool(kv_cache_manager.block_pool.get_num_free_blocks)
+            self._scheduler.watch_pool(kv_cache_manager.block_pool.get_num_free_blocks, kv_cache_manager.evict_blocks)
 
     @never_raises(None)
     def on_new_request(self, request: Any) -> None:
@@ -46,11 +46,12 @@ class SchedulerHooks(KVConnectorBase_V1):
 
     @never_raises(_COMPUTE_LOCALLY)
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """How many tokens come from the cache and from P; (None, False): ask again."""
+        """How many tokens come from the cache and from P, and whether before the request is scheduled or in the same
+        step; (None, False): ask again."""
         if self._scheduler is None:
             return 0, False
         num_tokens = self._scheduler.num_tokens_from_outside(request, num_computed_tokens)
-        return num_tokens, bool(num_tokens)
+        return num_tokens, bool(num_tokens) and not self._scheduler.loads_in_step(request)
 
     def get_loaded_kv_cache_group_ids(self, request: Any) -> tuple[int, ...]:
         """There is one group; several are refused at start."""

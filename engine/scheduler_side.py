@@ -28,9 +28,10 @@ from engine.cache_side import CacheScheduler, Owner, refuse_hash
 from engine.correspondence import Correspondence
 from engine.internals import IdleSleep
 from engine.ranks import OfAllRanks
-from engine.requests import EngineRequests
+from engine.requests import EngineRequest, EngineRequests
 from engine.settings import ConnectorSettings
 from engine.steps import Handshake, StepOrders, StepResults
+from engine.trials import Chunk, Trials
 from kvcache.orders import CacheOrders
 from prefill.sender import Gate, Sender
 from transport.bell import Bell
@@ -49,10 +50,12 @@ _log = init_logger("vllm.baton")
 
 @dataclass(frozen=True)
 class Pool:
-    """The engine's KV cache: blocks, and tensor-parallel ranks that keep each of them, heads apart."""
+    """The engine's KV cache: blocks, and tensor-parallel ranks that keep each of them, heads apart. in_lockstep: a
+    step is scheduled when all is known of the one before."""
 
     num_blocks: int
     num_ranks: int
+    in_lockstep: bool = True
 
 
 class SchedulerSide:
@@ -64,7 +67,7 @@ class SchedulerSide:
         self._settings = settings
         self._layout = layout
         self._fingerprint = layout.fingerprint()
-        self._num_blocks = pool.num_blocks
+        self._pool = pool
         self._sleep = IdleSleep()
         self._free_blocks: Callable[[], int] = lambda: 0
         self._num_watched = 0
@@ -96,6 +99,7 @@ class SchedulerSide:
             owner = Owner(self.me.boot_id, pool.num_ranks)
             self._cache = CacheScheduler(settings, layout, owner, hash_algorithm, self._sleep.wake)
         self._arrived = OfAllRanks(pool.num_ranks, Arrived.with_that_of)
+        self._trials = Trials()
 
     # ---- start and end ----
 
@@ -122,9 +126,11 @@ class SchedulerSide:
             "encrypted" if settings.keys else "not encrypted",
         )
 
-    def watch_pool(self, free_blocks: Callable[[], int]) -> None:
-        """How to ask the engine's block pool for its free blocks."""
+    def watch_pool(self, free_blocks: Callable[[], int], evict: Callable[[set[int]], None]) -> None:
+        """How to ask the engine's block pool for its free blocks, and to make its prefix cache forget some."""
         self._free_blocks = free_blocks
+        if self._pool.in_lockstep:
+            self._trials.watch(evict)
 
     def close(self) -> None:
         """Says good-bye to the proxy and ends the threads."""
@@ -149,17 +155,25 @@ class SchedulerSide:
     def num_tokens_from_outside(self, request: Any, found_tokens: int) -> int | None:
         """Tokens to take, after those found locally, from the cache and then from P; None: ask again in the next
         step."""
-        num_tokens = self._plan(request, found_tokens)
+        is_in_doubt = found_tokens > 0 and self._trials.are_open()  # what it has found may be what is on trial
+        num_tokens = None if is_in_doubt else self._plan(request, found_tokens)
         self._num_gated += num_tokens is None
         return num_tokens
+
+    def loads_in_step(self, request: Any) -> bool:
+        """Whether the tokens of the plan are loaded in the step that computes with them."""
+        return self._requests.of(request).in_step
 
     def allocated(self, request: Any, block_ids: list[int], num_tokens: int) -> None:
         """The engine has allocated blocks; num_tokens of the prompt are to come from outside."""
         request_id, known = request.request_id, self._requests.of(request)
         is_again, known.is_allocated = known.is_allocated, True  # vLLM says so once more when the tokens have come
         cached, known.cached = min(known.cached, num_tokens), 0
+        in_step, known.in_step = known.in_step and cached > 0, False
+        if in_step:
+            self._trials.begin(request_id, block_ids[known.found // self._layout.block_size :])
         if self._cache is not None:
-            self._cache.allocated(request_id, block_ids, known.found, cached)
+            self._cache.allocated(request_id, block_ids, known.found, cached, in_step=in_step)
             is_short = known.found + num_tokens < request.num_prompt_tokens - 1
             if known.awaits_peer and is_short and not is_again:
                 self._cache.computes(request_id)
@@ -197,9 +211,9 @@ class SchedulerSide:
         if self._cache is not None:
             self._cache.results(results.cache)
             for arrived in self._arrived.take(results.arrived):
-                if arrived.why_lost:
-                    self._cache.computes(arrived.request_id)
                 self._note_arrived(arrived)
+            for request_id in self._trials.unanswered():
+                self._note_arrived(Arrived(request_id, "the cache's loading failed"))
         return set(self._sender.on_results(results.push))
 
     def finished(self, request: Any, *, completed: bool) -> bool:
@@ -220,41 +234,56 @@ class SchedulerSide:
     def _plan(self, request: Any, found_tokens: int) -> int | None:
         """[own prefix cache][the host's cache][P], in prefix order."""
         known = self._requests.of(request)
-        known.found = found_tokens
+        known.found, known.in_step = found_tokens, False
         cached: int | None = 0
+        is_idle = next(self._requests.allocated(), None) is None
         if self._cache is not None:
-            is_idle = next(self._requests.allocated(), None) is None
             cached = self._cache.look_up(request, found_tokens, is_idle=is_idle)
         if known.sends and self._receiver is not None and self._sender.admit(known.prompt()) is Gate.WAIT:
             return None
         if cached is None:
             return None
         known.cached = cached
-        if not known.receives or self._receiver is None:
-            return cached
-        from_peer = self._receiver.look_up(known.prompt(), found_tokens + cached, self._capacity)
+        from_peer: int | None = 0
+        if known.receives and self._receiver is not None:
+            from_peer = self._receiver.look_up(known.prompt(), found_tokens + cached, self._capacity)
         if from_peer is None:
             return None
+        known.in_step = is_idle and not from_peer and self._may_load_in_step(known)
         if from_peer:  # a block has one writer: where the cache's part ends in the middle of one, P writes it whole
             known.cached -= (found_tokens + cached) % self._layout.block_size
         return cached + from_peer
 
+    def _may_load_in_step(self, known: EngineRequest) -> bool:
+        """Of an engine that computes nothing else. What is sent to a peer is never on trial, nor what a random draw in
+        vain would change."""
+        if self._cache is None or known.sends or known.is_seeded or not self._trials.are_possible():
+            return False
+        return self._cache.fits_a_step(known.request.request_id, known.cached)
+
     def _note_arrived(self, arrived: Arrived) -> None:
-        """What the cache gave one request, for its record."""
+        """What the cache gave one request, or why not."""
         request_id, known = arrived.request_id, self._requests.get(arrived.request_id)
+        trial = self._trials.end(request_id, is_lost=bool(arrived.why_lost))
+        if self._cache is None:
+            return
+        if arrived.why_lost:
+            self._cache.computes(request_id)
         if known is None or known.ticket is None or self._receiver is None:
             return
-        if self._cache is None or arrived.loaded is None:
-            return
-        num_prompt = known.request.num_prompt_tokens
-        parts = self._cache.given(arrived.loaded)
-        if known.sends:
+        ticket, num_prompt = known.ticket.id, known.request.num_prompt_tokens
+        if trial is not None and arrived.why_lost:
+            self._receiver.load_lost(request_id, ticket, arrived.why_lost)
+            self._accounts.found(request_id, ticket, num_prompt, known.found)  # vLLM does not admit it anew
+        elif arrived.loaded is not None and known.sends:
             if not arrived.why_lost:
-                self._sender.loaded(request_id, parts)
-        elif arrived.why_lost:
-            self._receiver.load_lost(request_id, known.ticket.id, arrived.why_lost)
-        else:
-            self._accounts.loaded(request_id, known.ticket.id, parts, num_prompt, known.found)
+                self._sender.loaded(request_id, self._cache.given(arrived.loaded))
+        elif arrived.loaded is not None and arrived.why_lost:
+            self._receiver.load_lost(request_id, ticket, arrived.why_lost)
+        elif arrived.loaded is not None:
+            self._accounts.loaded(request_id, ticket, self._cache.given(arrived.loaded), num_prompt, known.found)
+            if trial is not None and trial.chunk is not None:
+                self._receiver.scheduled(request_id, ticket, *trial.chunk)
 
     def _note_chunk(self, scheduled: Any, request_id: str, num_new: int) -> None:
         known = self._requests.get(request_id)
@@ -272,6 +301,8 @@ class SchedulerSide:
             return
         if known.sends:
             self._sender.chunk(request_id, min(done_before + num_new, num_prompt), block_ids())
+        elif trial := self._trials.of(request_id):
+            trial.chunk = Chunk(done_before, num_new, num_prompt)
         else:
             self._receiver.scheduled(request_id, known.ticket.id, done_before, num_new, num_prompt)
 
@@ -300,7 +331,7 @@ class SchedulerSide:
             end_tokens = request.num_prompt_tokens + request.max_tokens
             left = -(-end_tokens // block_size) - -(-request.num_tokens // block_size)
             growth += max(0, min(left, GROWTH_BLOCKS))
-        return Capacity(self._num_blocks, self._free_blocks(), growth)
+        return Capacity(self._pool.num_blocks, self._free_blocks(), growth)
 
     def _info(self) -> InstanceInfo:
         return InstanceInfo(
@@ -312,7 +343,7 @@ class SchedulerSide:
             fingerprint=self._fingerprint,
             transports=list(self._schemes),
             block_size=self._layout.block_size,
-            num_blocks=self._num_blocks,
+            num_blocks=self._pool.num_blocks,
             free_blocks=self._free_blocks(),
             pid=os.getpid(),
             silent_peers=self._receiver.silent_peers() if self._receiver is not None else [],

@@ -1,7 +1,7 @@
 """What vLLM asks of a connector beside its worker, for whom it makes one of its own; the order stands in
 `engine/connector.py`.
 
-This file only translates; it holds no state of a request. No hook waits for a peer and none lets an exception out.
+This file only translates; it holds no state of a request. No hook waits for a peer, none lets an exception out.
 """
 
 from __future__ import annotations
@@ -49,11 +49,18 @@ class WorkerHooks(KVConnectorBase_V1):
         if self._worker is not None and isinstance(connector_metadata, StepOrders):
             self._worker.begin(connector_metadata)
 
+    @never_raises(None)
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Nothing to start: the sender writes by itself."""
+        """Before the forward pass of a step that has loads of its own; otherwise after it, with nothing to start."""
+        if self._worker is not None:
+            self._worker.load_in_step()
 
+    @never_raises(None)
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing to wait for: a request is scheduled only after it was received."""
+        """Right before one layer's attention: waits for what the step itself loads. All else has come before its
+        request is scheduled."""
+        if self._worker is not None:
+            self._worker.wait_for_layer(layer_name)
 
     @never_raises(None)
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
@@ -73,9 +80,14 @@ class WorkerHooks(KVConnectorBase_V1):
         if self._worker is None:
             return KVConnectorTransferResults()
         self._results = results = self._worker.end()
-        arrived = {item.request_id for item in results.arrived}
-        lost = {item.request_id for item in results.arrived if item.why_lost}
+        waited = [item for item in results.arrived if not item.in_step]
+        arrived = {item.request_id for item in waited}
+        lost = {item.request_id for item in waited if item.why_lost}
         return KVConnectorTransferResults(finished_recving=arrived, failed_recving=lost)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks with which the step has computed and should not have: vLLM throws away what came of it."""
+        return self._worker.bad_blocks() if self._worker is not None else set()
 
     @never_raises(None)
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:

@@ -58,6 +58,7 @@ class WorkerSide:
         self._lander: Lander | None = None
         self._cache: CacheWorker | None = None
         self._arrivals = Arrivals()
+        self._on_trial: dict[str, set[int]] = {}
 
     def memory_context(self) -> CacheMemory:
         """The context in which vLLM allocates its KV cache."""
@@ -93,10 +94,23 @@ class WorkerSide:
             self._arrivals.expect(arm.request_id, Part.PEER)
         for load in orders.cache.loads:
             self._arrivals.expect(load.request_id, Part.CACHE)
+        self._on_trial = {
+            load.request_id: {piece.block_id for piece in load.pieces} for load in orders.cache.loads if load.in_step
+        }
         self._lander.begin_step(orders.land)
         self._pusher.begin_step(orders.push)
         if self._cache is not None:
             self._cache.begin(orders.cache, orders.bell)
+
+    def load_in_step(self) -> None:
+        """Right before the forward pass of a step with loads of its own."""
+        if self._cache is not None:
+            self._cache.load_in_step()
+
+    def wait_for_layer(self, layer_name: str) -> None:
+        """Right before one layer's attention."""
+        if self._cache is not None:
+            self._cache.wait_for(self._layers[layer_name])
 
     def layer_done(self, layer_name: str) -> None:
         """Right after one layer of the forward pass: first what a peer waits for."""
@@ -127,7 +141,13 @@ class WorkerSide:
             self._arrivals.end(lost.request_id, Part.PEER, lost.why or "lost")
         for loaded in cache.loaded:
             self._arrivals.end(loaded.request_id, Part.CACHE, loaded.why, loaded)
+            if loaded.in_step and not loaded.why:
+                self._on_trial.pop(loaded.request_id, None)
         return StepResults(push, land, cache, self._arrivals.take(), num_watched, num_loading)
+
+    def bad_blocks(self) -> set[int]:
+        """After `end`: blocks with which the step has computed, and which are not what they should be."""
+        return set().union(*self._on_trial.values())
 
     def close(self) -> None:
         """Ends every thread and connection."""

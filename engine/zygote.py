@@ -209,6 +209,7 @@ def main() -> int:
     try:
         preload()
         patches.fork_engines()
+        patches.keep_seeds_on_cpu()
     except BatonError as error:
         print(f"zygote: {error}", file=sys.stderr)
         return 2

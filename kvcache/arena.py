@@ -104,6 +104,19 @@ class MappedArena:
             ctypes.memmove(target, at, region.block_bytes)
             total += xxhash.xxh3_64_intdigest(view(target, region.block_bytes), seed=seed)
             at += region.block_bytes
+        return self.is_sound(offset, digest, total)
+
+    def read_layer(self, layer: int, block_id: int, offset: int) -> int:
+        """Copies one layer of this rank's part of a slot into a block of the engine; returns the summand of the digest
+        of what arrived there. Raises TransferError for a slot outside the arena."""
+        region = self._regions[layer]
+        target = region.address + block_id * region.stride
+        ctypes.memmove(target, self._part_at(offset) + self._layer_offsets[layer], region.block_bytes)
+        return xxhash.xxh3_64_intdigest(view(target, region.block_bytes), seed=self._first_seed + layer)
+
+    def is_sound(self, offset: int, digest: int, total: int) -> bool:
+        """Whether this rank's part of a slot, whose summands add up to `total` (first_summand among them), is of the
+        block with this digest. Raises TransferError for a slot outside the arena."""
         if self._share.num_ranks == 1:
             return total & _MASK == digest
         parts = [part for (part,) in _ENTRY.iter_unpack(self._table(offset))]

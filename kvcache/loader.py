@@ -11,19 +11,17 @@ large one are shared out among a few threads, since one core does not use up a m
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 
 from core.clock import Clock
 from core.errors import TransferError
 from kvcache.arena import Arena, MappedArena
+from kvcache.copiers import Copiers
 from kvcache.orders import Load, Loaded, Piece
 from kvcache.wire import Written
-from transport.affinity import num_copying_threads, widen_affinity
 from transport.faultpoint import FaultPoint
 
 CLOSE_TIMEOUT_S = 5.0
@@ -35,18 +33,22 @@ class Loader:
     """All loads of one worker; it also maps the arena, since that may take a moment."""
 
     def __init__(
-        self, arena: Arena, clock: Clock, faults: FaultPoint, on_end: Callable[[], None] = lambda: None
+        self,
+        arena: Arena,
+        copiers: Copiers,
+        clock: Clock,
+        faults: FaultPoint,
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
         """on_end: called on the loading thread when a load has ended and can be had by `ended`."""
         self._arena = arena
+        self._copiers = copiers
         self._on_end = on_end
         self._clock = clock
         self._faults = faults
         self._waiting: queue.SimpleQueue[Load | str | None] = queue.SimpleQueue()
         self._ended: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
         self._num_running = 0
-        self._num_threads = num_copying_threads(os.cpu_count() or 1)
-        self._helpers = ThreadPoolExecutor(self._num_threads, "baton-cache-copy", widen_affinity)
         self._thread = threading.Thread(target=self._run, name="baton-cache-load", daemon=True)
         self._thread.start()
 
@@ -78,7 +80,6 @@ class Loader:
         """Ends the thread after the load that is under way."""
         self._waiting.put(None)
         self._thread.join(CLOSE_TIMEOUT_S)
-        self._helpers.shutdown(wait=False)
 
     def _run(self) -> None:
         while (job := self._waiting.get()) is not None:
@@ -92,34 +93,29 @@ class Loader:
     def _load(self, load: Load) -> Loaded:
         begun_s = self._clock.monotonic_s()
         bad: list[Written] = []
-        why, num_bytes = "", 0
+        why, part_bytes = "", 0
         try:
             arena = self._arena.map(load.arena_id)
-            num_bytes = len(load.pieces) * arena.part_bytes
+            part_bytes = arena.part_bytes
             bad = self._read_all(arena, load.pieces)
         except TransferError as error:
             why = str(error)
         except Exception as error:  # noqa: BLE001 - the thread must survive: a request waits for its answer
             why = f"{type(error).__name__}: {error}"
-        if bad:
-            why = "a block in the cache differs from what was stored"
-        seconds = self._clock.monotonic_s() - begun_s
-        tiers = Counter(piece.tier for piece in load.pieces)
-        tokens = {tier: sum(piece.num_tokens for piece in load.pieces if piece.tier == tier) for tier in tiers}
-        return Loaded(load.request_id, len(load.pieces), num_bytes, seconds, why, bad, dict(tiers), tokens)
+        return load.ended(part_bytes, self._clock.monotonic_s() - begun_s, why, bad)
 
     def _read_all(self, arena: MappedArena, pieces: Sequence[Piece]) -> list[Written]:
         """Reads every block; returns those that differ. Every thread has ended then, also where one raises."""
-        is_shared = self._num_threads > 1 and len(pieces) * arena.part_bytes >= MIN_SHARED_BYTES
+        num_threads = self._copiers.num_threads
+        is_shared = num_threads > 1 and len(pieces) * arena.part_bytes >= MIN_SHARED_BYTES
         if not is_shared:
             return self._read(arena, pieces, 0, 1)
         others: list[Future[list[Written]]] = []
         try:
             others.extend(
-                self._helpers.submit(self._read, arena, pieces, first, self._num_threads)
-                for first in range(1, self._num_threads)
+                self._copiers.submit(self._read, arena, pieces, first, num_threads) for first in range(1, num_threads)
             )
-            bad = self._read(arena, pieces, 0, self._num_threads)
+            bad = self._read(arena, pieces, 0, num_threads)
         finally:
             wait(others)
         return bad + [each for other in others for each in other.result()]

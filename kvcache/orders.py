@@ -6,6 +6,9 @@ the same step; loads end when they end, so each rank's answer comes by itself (`
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 import msgspec
 
 from kvcache.wire import Written
@@ -26,11 +29,42 @@ class Piece(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Load(msgspec.Struct, frozen=True):
-    """Copy these blocks from the arena into the engine, and compare."""
+    """Copy these blocks from the arena into the engine, and compare. in_step: this step's forward pass computes with
+    them, and waits for each layer."""
 
     request_id: str
     arena_id: str
     pieces: list[Piece]
+    in_step: bool = False
+
+    def ended(
+        self,
+        part_bytes: int,
+        seconds: float,
+        why: str = "",
+        bad: Sequence[Written] = (),
+        waited_s: float | None = None,
+    ) -> Loaded:
+        """What to answer. part_bytes: of one block on this rank; waited_s: None for all of the time."""
+        if bad:
+            why = "a block in the cache differs from what was stored"
+        tokens: Counter[str] = Counter()
+        for piece in self.pieces:
+            tokens[piece.tier] += piece.num_tokens
+        tiers = Counter(piece.tier for piece in self.pieces)
+        num_blocks = len(self.pieces)
+        return Loaded(
+            request_id=self.request_id,
+            num_blocks=num_blocks,
+            num_bytes=num_blocks * part_bytes,
+            seconds=seconds,
+            why=why,
+            bad=list(bad),
+            tiers=dict(tiers),
+            tokens=dict(tokens),
+            in_step=self.in_step,
+            waited_s=seconds if waited_s is None else waited_s,
+        )
 
 
 class Store(msgspec.Struct, frozen=True):
@@ -53,7 +87,8 @@ class CacheOrders(msgspec.Struct):
 
 class Loaded(msgspec.Struct, frozen=True):
     """One load has ended. why: why it failed, empty if every block is in place and equal; bad: blocks that differed;
-    tiers, tokens: blocks and tokens by the tier that had them."""
+    tiers, tokens: blocks and tokens by the tier that had them; in_step: as it was ordered;
+    waited_s: for how long the request did not get on."""
 
     request_id: str
     num_blocks: int
@@ -63,6 +98,8 @@ class Loaded(msgspec.Struct, frozen=True):
     bad: list[Written] = []
     tiers: dict[str, int] = {}
     tokens: dict[str, int] = {}
+    in_step: bool = False
+    waited_s: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -75,6 +112,7 @@ class Loaded(msgspec.Struct, frozen=True):
             self,
             num_bytes=self.num_bytes + other.num_bytes,
             seconds=max(self.seconds, other.seconds),
+            waited_s=max(self.waited_s, other.waited_s),
             why=self.why or other.why,
             bad=self.bad + [block for block in other.bad if block not in self.bad],
         )

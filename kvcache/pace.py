@@ -34,13 +34,17 @@ class Pace:
             self._compute = _mean(self._compute, seconds / num_tokens)
 
     def loaded(self, num_tokens: int, seconds: float) -> None:
-        """A load of so many tokens took so long."""
+        """A load of so many tokens held its request up for so long."""
         if num_tokens > 0 and seconds > 0:
             self._load = _mean(self._load, seconds / num_tokens)
 
     def compute_s(self, num_tokens: int) -> float | None:
         """What computing so many tokens is likely to take; None while that was never measured."""
         return None if self._compute is None else self._compute * num_tokens
+
+    def load_s(self, num_tokens: int) -> float | None:
+        """What loading so many tokens is likely to take; None while that was never measured."""
+        return None if self._load is None else self._load * num_tokens
 
     def is_worth_loading(self) -> bool:
         """Whether a token is loaded faster than computed."""

@@ -34,6 +34,9 @@ SEARCH_BUDGET_S = 0.1
 COMING_S = 2.0
 """How long blocks of other tiers may take while nobody knows how long computing them would."""
 
+IN_STEP_S = 0.1
+"""How long a load may take that is part of a step: no other request gets on meanwhile."""
+
 BUDGET_SHARE = 0.1
 COMING_SHARE = 0.5
 """Of the time in which a request must be served: for an answer, and for blocks of other tiers."""
@@ -106,6 +109,7 @@ class Reader:
         self._all: dict[str, _LookUp] = {}
         self._loads: list[Load] = []
         self._late: list[_LookUp] = []
+        self._mapped = ""
 
     def arrive(self, prompt: KeyedPrompt, *, reserve: bool) -> None:
         """A request is new. reserve: it will compute and store the blocks that are not there."""
@@ -154,13 +158,22 @@ class Reader:
         granted, look_up.grants = look_up.grants, []
         return [(look_up.key(grant.index), grant.offset) for grant in granted]
 
-    def load(self, request_id: str, block_ids: Sequence[int], found_tokens: int, num_tokens: int) -> bool:
-        """The engine has allocated blocks: fill those of tokens [found, found + num) from the arena."""
+    def fits_a_step(self, request_id: str, num_tokens: int) -> bool:
+        """Whether loading so many tokens may be part of a step: it takes a moment, and the workers, who have no time to
+        map an arena then, have loaded from this one before."""
+        look_up, load_s = self._all.get(request_id), self.pace.load_s(num_tokens)
+        return look_up is not None and look_up.arena_id == self._mapped and load_s is not None and load_s <= IN_STEP_S
+
+    def load(
+        self, request_id: str, block_ids: Sequence[int], found_tokens: int, num_tokens: int, *, in_step: bool = False
+    ) -> bool:
+        """The engine has allocated blocks: fill those of tokens [found, found + num) from the arena. in_step: it
+        computes with them in this very step."""
         look_up = self._all.get(request_id)
         if look_up is None or look_up.stage is not Stage.KNOWN:
             return False
         pieces = self._pieces(look_up, block_ids, found_tokens, found_tokens + num_tokens)
-        self._loads.append(Load(request_id, look_up.arena_id, pieces))
+        self._loads.append(Load(request_id, look_up.arena_id, pieces, in_step))
         look_up.stage = Stage.LOADING
         return True
 
@@ -193,8 +206,9 @@ class Reader:
         if loaded.bad:
             self._client.send(wire.Bad(loaded.bad))
         if not loaded.why:
-            self.pace.loaded(loaded.num_blocks * self._block_size, loaded.seconds)
+            self.pace.loaded(loaded.num_blocks * self._block_size, loaded.waited_s)
         if look_up is not None and look_up.stage is Stage.LOADING:
+            self._mapped = "" if loaded.why else look_up.arena_id
             self._end(look_up)
             if look_up.is_gone:
                 del self._all[loaded.request_id]

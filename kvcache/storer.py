@@ -11,6 +11,8 @@ Memory and threads: the engine's worker thread only; each copy has ended when it
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from core.clock import Clock
 from core.errors import TransferError
 from kvcache.arena import Arena, MappedArena, add
@@ -63,6 +65,12 @@ class Storer:
             if layer in job.missing and not job.why_failed:
                 self._faults.reach("store", layer=layer)
                 self._copy(job, layer)
+
+    def spoil(self, request_ids: Container[str]) -> None:
+        """What these requests compute in this step is of no use."""
+        for job in self._jobs:
+            if job.store.request_id in request_ids:
+                job.why_failed = job.why_failed or "it was computed from blocks that are not what they should be"
 
     def end_step(self, results: CacheResults) -> None:
         """Copies what the layers' hooks have left, and says what is complete."""

@@ -202,6 +202,8 @@ def _account(report: Report | None, queued_s: float) -> dict[str, Any] | None:
                 "tokens": part.tokens,
                 "bytes": part.num_bytes,
                 "ms": part.seconds * 1e3,
+                "waited_ms": part.waited_s * 1e3,
+                "in_step": part.in_step,
                 "saved_ms": part.saved_s * 1e3,
             }
             for part in report.from_cache

@@ -195,12 +195,13 @@ def test_tenants_share_nothing(start: Callable[..., Cluster]) -> None:
         cluster.restart("decode-0")
 
 
-def flip(cluster: Cluster, at: int) -> None:
-    """One bit of the arena."""
-    fd, num_bytes, _ = fetch_arena(str(cluster.cache.socket), "test")
-    arena = Mapping(fd, num_bytes)
+def flip(cluster: Cluster, at: int, num_bytes: int = 1) -> None:
+    """One bit of so many bytes of the arena: the last bits of floats, or among many bytes the first ones too."""
+    fd, size, _ = fetch_arena(str(cluster.cache.socket), "test")
+    arena = Mapping(fd, size)
     os.close(fd)
-    arena._mmap[at] ^= 1
+    for byte in range(at, at + num_bytes):
+        arena._mmap[byte] ^= 1
     arena.close()
 
 

@@ -32,6 +32,7 @@ SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength
 
 CASES: dict[str, tuple[dict[str, Any], bool]] = {
     "seed": ({**prompt(1), "temperature": 1.2, "seed": 7, "ignore_eos": True}, True),
+    "seed-in-several-steps": ({**prompt(13, 1300), "temperature": 1.2, "seed": 11, "ignore_eos": True}, True),
     "seed-chat-stream": ({**chat(1), "temperature": 0.9, "top_p": 0.9, "seed": 3, "stream": True}, True),
     "stop": ({**prompt(2), "max_tokens": 60, "stop": ["e", "\n"]}, True),
     "stop-token": ({**prompt(3), "max_tokens": 40, "stop_token_ids": list(range(200, 700))}, True),

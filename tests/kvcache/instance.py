@@ -8,6 +8,7 @@ from core.clock import Clock, SystemClock
 from kvcache import wire
 from kvcache.arena import Arena
 from kvcache.client import CacheClient, fetch_arena
+from kvcache.copiers import Copiers
 from kvcache.loader import Loader
 from kvcache.orders import CacheResults, Loaded
 from kvcache.partial import PartialBlocks, root_key
@@ -43,7 +44,8 @@ class Instance:
         self.reader = Reader(self.client, BLOCK_SIZE, clock, budget_s)
         self.writer = Writer(self.client, BLOCK_SIZE, clock)
         arena = Arena(self.engine.regions, lambda: fetch_arena(socket, name))
-        self.loader = Loader(arena, clock, FaultPoint())
+        self.copiers = Copiers()
+        self.loader = Loader(arena, self.copiers, clock, FaultPoint())
         self.storer = Storer(arena, LAYERS, clock, FaultPoint())
         self.loader.prepare("")
         until(lambda: self.client.is_connected, what="the connection")
@@ -100,4 +102,5 @@ class Instance:
 
     def close(self) -> None:
         self.loader.close()
+        self.copiers.close()
         self.client.close()

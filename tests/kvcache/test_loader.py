@@ -12,6 +12,7 @@ from core.clock import SystemClock
 from core.errors import TransferError
 from kvcache import loader as loader_module
 from kvcache.arena import Arena, MappedArena, key_summand
+from kvcache.copiers import Copiers
 from kvcache.loader import Loader
 from kvcache.orders import Load, Loaded, Piece
 from tests.kvcache.places import BLOCK_BYTES, LAYERS, Engine, key
@@ -45,7 +46,8 @@ class Kept:
             )
             self.pieces.append(Piece(8 + number, offset, key(number), digest % (1 << 64), "host", 128))
         self.heard: list[list[Loaded]] = []
-        self.loader = Loader(arena, SystemClock(), FaultPoint(), self._hear)
+        self.copiers = Copiers(3)
+        self.loader = Loader(arena, self.copiers, SystemClock(), FaultPoint(), self._hear)
 
     def load(self, pieces: list[Piece] | None = None) -> Loaded:
         self.loader.start(Load("r", "arena", pieces or self.pieces))
@@ -58,6 +60,7 @@ class Kept:
 
     def close(self) -> None:
         self.loader.close()
+        self.copiers.close()
         self.memory.close()
 
 
@@ -65,7 +68,6 @@ class Kept:
 def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kept]:
     """Also small loads are shared, among three threads."""
     monkeypatch.setattr(loader_module, "MIN_SHARED_BYTES", 1)
-    monkeypatch.setattr(loader_module, "num_copying_threads", lambda cores: 3)
     kept = Kept()
     yield kept
     kept.close()
@@ -123,7 +125,7 @@ def test_who_sleeps_meanwhile_is_told_when_the_loads_end_can_be_had(kept: Kept) 
 
 def test_a_load_of_a_few_blocks_needs_no_other_thread(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module, "MIN_SHARED_BYTES", COUNT * BLOCK_BYTES)
-    monkeypatch.setattr(kept.loader._helpers, "submit", lambda *_: pytest.fail("another thread was woken"))
+    monkeypatch.setattr(kept.copiers, "submit", lambda *_: pytest.fail("another thread was woken"))
     assert kept.load(kept.pieces[:-1]).why == ""
 
 

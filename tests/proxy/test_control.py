@@ -138,7 +138,7 @@ def test_a_record_tells_the_path_the_tokens_and_the_moments(fleet: Fleet, pair: 
 def test_what_the_cache_gave_is_counted_by_tier_and_once(fleet: Fleet, pair: Pair) -> None:
     answer = fleet.chat()
     given = [
-        FromCache("host", tokens=128, num_bytes=4096, seconds=0.002, saved_s=1.5),
+        FromCache("host", tokens=128, num_bytes=4096, seconds=0.002, saved_s=1.5, waited_s=0.001, in_step=True),
         FromCache("disk", tokens=16, num_bytes=512, seconds=0.5, saved_s=-0.25),
     ]
     for _ in range(2):
@@ -151,6 +151,8 @@ def test_what_the_cache_gave_is_counted_by_tier_and_once(fleet: Fleet, pair: Pai
         "tokens": 128,
         "bytes": 4096,
         "ms": 2,
+        "waited_ms": 1,
+        "in_step": True,
         "saved_ms": 1500,
     }
     assert fleet.metric('baton_cache_tokens_total{tier="host"}') == 128
