@@ -78,11 +78,12 @@ def test_what_was_computed_with_a_bad_block_is_thrown_away_and_nobody_else_finds
     expected = ask(plain.url, body)
     answers = ask_all(cluster.url, [body] * 4, 4)
     check_close(answers, expected)
-    first = [answer for answer in answers if record(cluster.url, answer)["outcome"] == "fell_back"]
-    assert len(first) == 1, "it was on trial"
-    entry, tokens = record(cluster.url, first[0]), tokens_of(cluster, first[0])
-    assert (tokens["prompt"], tokens["computed"]) == (1900 + more, 1900 + more), entry
-    assert "differs" in entry["decode"]["why"]
+    lost = [answer for answer in answers if record(cluster.url, answer)["outcome"] == "fell_back"]
+    assert lost, "the first was on trial; another may have asked before the block was known to be bad"
+    for answer in lost:
+        entry, tokens = record(cluster.url, answer), tokens_of(cluster, answer)
+        assert (tokens["prompt"], tokens["computed"]) == (1900 + more, 1900 + more), entry
+        assert "differs" in entry["decode"]["why"]
     assert figures(cluster)["quarantined_blocks"] == 1
     check_close([ask(cluster.url, body)], expected)
 
