@@ -141,9 +141,9 @@ class CacheScheduler:
         wait_s = ANSWER_WAIT_S if is_idle else 0.0
         return self._reader.look_up(request.request_id, request.num_prompt_tokens, found_tokens, wait_s)
 
-    def fits_a_step(self, request_id: str, num_tokens: int) -> bool:
+    def fits_a_step(self, request_id: str, num_tokens: int, *, is_alone: bool) -> bool:
         """Whether loading so many tokens may be part of the step that computes with them."""
-        return self._reader.fits_a_step(request_id, num_tokens)
+        return self._reader.fits_a_step(request_id, num_tokens, is_alone=is_alone)
 
     def allocated(
         self, request_id: str, block_ids: Sequence[int], found_tokens: int, num_tokens: int, *, in_step: bool = False
@@ -167,7 +167,7 @@ class CacheScheduler:
             self._writer.scheduled(request_id, self._keys_of(request), num_tokens, block_ids())
 
     def computed(self, num_tokens: int, seconds: float) -> None:
-        """A step that computed so many prompt tokens took so long."""
+        """A step that computed, among others, so many prompt tokens took so long."""
         self._reader.pace.computed(num_tokens, seconds)
 
     def given(self, loaded: Loaded) -> list[FromCache]:

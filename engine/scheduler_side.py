@@ -74,6 +74,7 @@ class SchedulerSide:
         self._num_loading = 0
         self._begun_s = 0.0
         self._num_prompt_tokens = 0
+        self._has_computed = False
         self._num_gated = 0
         self._schemes: list[str] = []
         self._join: JoinThread | None = None
@@ -191,6 +192,7 @@ class SchedulerSide:
         self._idle(scheduled)
         self._begun_s = self._ports.clock.monotonic_s()
         self._num_prompt_tokens = 0
+        self._has_computed = scheduled.total_num_scheduled_tokens > 0
         for request_id in scheduled.preempted_req_ids or ():
             self._sender.preempted(request_id)
         for request_id, num_new in scheduled.num_scheduled_tokens.items():
@@ -204,7 +206,7 @@ class SchedulerSide:
     def results(self, results: StepResults) -> set[str]:
         """The worker's answer. Returns engine requests whose blocks no transfer reads any more."""
         self._num_watched, self._num_loading = results.num_watched, results.num_loading
-        if self._cache is not None:
+        if self._cache is not None and self._has_computed:
             self._cache.computed(self._num_prompt_tokens, self._ports.clock.monotonic_s() - self._begun_s)
         if self._receiver is not None:
             self._receiver.on_results(results.land)
@@ -249,17 +251,18 @@ class SchedulerSide:
             from_peer = self._receiver.look_up(known.prompt(), found_tokens + cached, self._capacity)
         if from_peer is None:
             return None
-        known.in_step = is_idle and not from_peer and self._may_load_in_step(known)
+        known.in_step = cached > 0 and not from_peer and self._may_load_in_step(known, is_alone=is_idle)
         if from_peer:  # a block has one writer: where the cache's part ends in the middle of one, P writes it whole
             known.cached -= (found_tokens + cached) % self._layout.block_size
         return cached + from_peer
 
-    def _may_load_in_step(self, known: EngineRequest) -> bool:
-        """Of an engine that computes nothing else. What is sent to a peer is never on trial, nor what a random draw in
-        vain would change."""
-        if self._cache is None or known.sends or known.is_seeded or not self._trials.are_possible():
+    def _may_load_in_step(self, known: EngineRequest, *, is_alone: bool) -> bool:
+        """One in each step. What is sent to a peer is never on trial, nor what a random draw in vain would change."""
+        if self._cache is None or known.sends or known.is_seeded:
             return False
-        return self._cache.fits_a_step(known.request.request_id, known.cached)
+        if self._trials.are_open() or not self._trials.are_possible():
+            return False
+        return self._cache.fits_a_step(known.request.request_id, known.cached, is_alone=is_alone)
 
     def _note_arrived(self, arrived: Arrived) -> None:
         """What the cache gave one request, or why not."""

@@ -1,7 +1,8 @@
 """The loading worker: fills blocks of waiting requests from the arena, on threads of its own.
 
-A request whose blocks are being loaded is not scheduled, so the engine goes on with others; a block counts only after
-its digest was compared in the engine's own memory. What differs is reported, and the engine computes the prompt.
+A request whose blocks are being loaded here is not scheduled, so the engine goes on with others; where there are none
+the load is part of a step (kvcache/step_loader.py). A block counts only after its digest was compared in the engine's
+own memory. What differs is reported, and the engine computes the prompt.
 
 Memory and threads: the engine keeps a request's blocks until its load was reported, also if its client is gone, so
 the threads always write into blocks that are their own. The loads of one engine run one after another; the blocks of a

@@ -35,7 +35,7 @@ COMING_S = 2.0
 """How long blocks of other tiers may take while nobody knows how long computing them would."""
 
 IN_STEP_S = 0.1
-"""How long a load may take that is part of a step: no other request gets on meanwhile."""
+"""For how long a load may hold up a step that has one request: those that come have to wait for its end."""
 
 BUDGET_SHARE = 0.1
 COMING_SHARE = 0.5
@@ -158,11 +158,13 @@ class Reader:
         granted, look_up.grants = look_up.grants, []
         return [(look_up.key(grant.index), grant.offset) for grant in granted]
 
-    def fits_a_step(self, request_id: str, num_tokens: int) -> bool:
-        """Whether loading so many tokens may be part of a step: it takes a moment, and the workers, who have no time to
-        map an arena then, have loaded from this one before."""
-        look_up, load_s = self._all.get(request_id), self.pace.load_s(num_tokens)
-        return look_up is not None and look_up.arena_id == self._mapped and load_s is not None and load_s <= IN_STEP_S
+    def fits_a_step(self, request_id: str, num_tokens: int, *, is_alone: bool) -> bool:
+        """Whether loading so many tokens may be part of a step: it holds up nobody else, nor the request for long, and
+        the workers, who have no time to map an arena then, have loaded from this one before."""
+        look_up = self._all.get(request_id)
+        if look_up is None or look_up.arena_id != self._mapped:
+            return False
+        return self.pace.fits_a_step(num_tokens, IN_STEP_S if is_alone else 0.0)
 
     def load(
         self, request_id: str, block_ids: Sequence[int], found_tokens: int, num_tokens: int, *, in_step: bool = False
@@ -206,7 +208,7 @@ class Reader:
         if loaded.bad:
             self._client.send(wire.Bad(loaded.bad))
         if not loaded.why:
-            self.pace.loaded(loaded.num_blocks * self._block_size, loaded.waited_s)
+            self.pace.loaded(loaded.num_blocks * self._block_size, loaded.waited_s, loaded.seconds)
         if look_up is not None and look_up.stage is Stage.LOADING:
             self._mapped = "" if loaded.why else look_up.arena_id
             self._end(look_up)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.launcher import Cluster
-from tests.engine.client import Answer, ask, ask_all, record
+from tests.engine.client import Answer, ask, ask_all, metric, record
 from tests.engine.clusters import CHUNKED
 from tests.engine.prompts import BLOCK, LENGTHS, token_prompt
 from tests.engine.test_cache import BIG, check_equal, completion, figures, flip, settled, tokens_of
@@ -95,6 +96,28 @@ def test_what_was_computed_with_a_bad_block_is_thrown_away_and_nobody_else_finds
     check_close([again], expected)
     assert in_step(cluster, again)
     assert tokens_of(cluster, again)["from_cache"] >= (1900 + more) // BLOCK * BLOCK - 1, "all of it was stored anew"
+
+
+def test_who_else_is_in_the_step_notices_nothing(start: Callable[..., Cluster], plain: Cluster) -> None:
+    """Neither of a load beside its tokens nor of one that is thrown away."""
+    cluster = start("0P1D", *CHUNKED, cache=BIG)
+    bad, good = completion(600, 560), completion(700, 561)
+    stored_then_restarted(cluster, bad, good)
+    flip(cluster, 1000, 200 << 10)
+    answering = completion(200, 562) | {"max_tokens": 600, "logprobs": 1, "stream": True}
+    expected = [ask(plain.url, body) for body in (answering, bad, good)]
+    num_begun = metric(cluster.url, "baton_time_to_first_token_seconds_count")
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(ask, cluster.url, answering)
+        until(
+            lambda: metric(cluster.url, "baton_time_to_first_token_seconds_count") > num_begun, what="the first token"
+        )
+        others = [ask(cluster.url, body) for body in (good, bad)]
+        assert not running.done(), "it was in every step"
+        check_close([running.result()], expected[0])
+    check_equal(others, [expected[2], expected[1]])
+    assert in_step(cluster, others[0])
+    assert record(cluster.url, others[1])["outcome"] == "fell_back"
 
 
 def test_a_random_draw_is_never_made_in_vain(start: Callable[..., Cluster], plain: Cluster) -> None:

@@ -84,7 +84,7 @@ def test_while_loading_is_slower_than_computing_no_places_are_asked_for(
 ) -> None:
     pace = scheduler._reader.pace
     pace.computed(100, 1.0)
-    pace.loaded(100, 2.0)
+    pace.loaded(100, 2.0, 2.0)
     assert pace.is_worth_storing(), "the one try, taken here"
     scheduler.arrived(Request("r1", 3), computes=True)
     until(lambda: scheduler.look_up(Request("r1", 3), 0) is not None, what="the answer")
@@ -94,7 +94,7 @@ def test_while_loading_is_slower_than_computing_no_places_are_asked_for(
     scheduler.arrived(Request("r2", 3), computes=True, ticket=ticket(Label("wanted")))
     until(lambda: reserved(server) == 3, what="places: a label is asked for by name")
     for _ in range(30):
-        pace.loaded(100, 0.1)
+        pace.loaded(100, 0.1, 0.1)
     scheduler.arrived(Request("r3", 5, "bob"), computes=True)
     until(lambda: reserved(server) == 8, what="places for the third")
     assert server.figures()["tenants"] == 2

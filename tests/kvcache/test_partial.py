@@ -123,7 +123,7 @@ def test_it_is_evicted_like_any_other_and_its_place_is_another_s_then(instance: 
 def test_computing_a_few_tokens_beats_loading_a_block(instance: Instance) -> None:
     store(instance, PROMPT, TAIL)
     instance.reader.pace.computed(1000, 1.0)
-    instance.reader.pace.loaded(1000, 0.9)
+    instance.reader.pace.loaded(1000, 0.9, 0.9)
     assert instance.arrive("second", PROMPT, TAIL) == FULL, "19 tokens in 19 ms, a block of 32 in 29 ms"
 
 

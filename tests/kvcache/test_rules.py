@@ -243,16 +243,29 @@ def test_a_tier_that_cannot_be_cleared_is_named(tmp_path: Path) -> None:
         assert server.figures()["memory_uncleared"] == 1
 
 
+def test_a_load_is_part_of_a_step_where_it_holds_up_nobody() -> None:
+    pace = Pace(ManualClock())
+    assert not pace.fits_a_step(1, may_wait_s=1.0), "nothing was measured"
+    pace.loaded(1000, 0.002, 0.02)
+    assert pace.fits_a_step(40_000, may_wait_s=0.1), "a step of its own may wait for a moment"
+    assert not pace.fits_a_step(60_000, may_wait_s=0.1)
+    assert not pace.fits_a_step(1, may_wait_s=0.0), "how long a step of others takes is not known"
+    pace.computed(1, 0.05)
+    pace.computed(512, 20.0)
+    assert pace.fits_a_step(2000, may_wait_s=0.0), "copied before the others' next tokens are there"
+    assert not pace.fits_a_step(3000, may_wait_s=0.0), "and not measured by a step that computes a prompt"
+
+
 def test_an_engine_that_loads_slower_than_it_computes_stores_nothing_but_a_try_now_and_then(tmp_path: Path) -> None:
     clock = ManualClock()
     pace = Pace(clock)
     assert pace.is_worth_storing(), "nothing was measured"
     pace.computed(100, 1.0)
-    pace.loaded(100, 2.0)
+    pace.loaded(100, 2.0, 2.0)
     assert [pace.is_worth_storing() for _ in range(3)] == [True, False, False], "one try"
     assert pace.is_worth_loading(), "has a try of its own"
     clock.advance(RETRY_S)
     assert [pace.is_worth_storing() for _ in range(2)] == [True, False]
     for _ in range(20):
-        pace.loaded(100, 0.1)
+        pace.loaded(100, 0.1, 0.1)
     assert pace.is_worth_storing()
