@@ -89,5 +89,6 @@ def _with_tiers(answered: Answered, record: dict[str, Any]) -> Answered:
         answered,
         tiers=tiers,
         load_ms=sum(part["ms"] for part in parts),
+        waited_ms=sum(part["waited_ms"] for part in parts),
         load_bytes=sum(part["bytes"] for part in parts),
     )

@@ -24,8 +24,10 @@ prompt. Whole blocks of 128 tokens can be found, of 4,000 tokens 3,968; Baton ke
 too, so it computes one token of a prompt that is asked again where the others compute 32. *Found* in host memory:
 asked again. Below it: Baton's engine and cache server are started anew and the tier alone is kept; LMCache's host
 memory is emptied through its own endpoint. Everything lies in the kernel's page cache, as a tier that was just
-written does. *Barest read* is a memcpy of the same bytes for host memory; one read per block's file, one GET per
-block over one connection, one TCP stream over loopback for the others.
+written does. Where a load is part of the step that computes with it, the copy shares the memory with the forward pass
+and takes longer than by itself; what the request waited for it stands beside. *Barest read* is a memcpy of the same
+bytes for host memory; one read per block's file, one GET per block over one connection, one TCP stream over loopback
+for the others.
 
 *Workloads*: real text; reuse is what a cache without end would find in whole blocks. Every engine keeps its own
 prefix cache and has room for {engine} tokens; `prefix-large` has the others' host memory on top, so the same total.

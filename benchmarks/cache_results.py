@@ -20,7 +20,8 @@ from core.errors import ConfigError
 class Answered(msgspec.Struct, frozen=True):
     """One request, one client. from_engine, from_outside: prompt tokens that the engine's own cache and whatever is
     behind it gave, by vLLM's counters; tiers: of the latter by tier, where the system tells it. load_ms, load_bytes: of
-    the copies into the engine. problem: why it is not what it claims to be; empty if it is.
+    the copies into the engine; waited_ms: for how long of it the request did not get on. problem: why it is not what it
+    claims to be; empty if it is.
     """
 
     prompt_tokens: int
@@ -31,6 +32,7 @@ class Answered(msgspec.Struct, frozen=True):
     from_outside: int = 0
     tiers: dict[str, int] = {}
     load_ms: float = 0.0
+    waited_ms: float = 0.0
     load_bytes: int = 0
     problem: str = ""
 

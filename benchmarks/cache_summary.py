@@ -35,7 +35,8 @@ class Spread(msgspec.Struct, frozen=True):
 
 class TierRow(msgspec.Struct, frozen=True):
     """One system with a long prompt. over_floor: warm, as a multiple of vLLM's own prefix cache's; raw_ms: the barest
-    read of the same bytes from the same tier; load_gb_per_s: inside the engine, where the system tells it."""
+    read of the same bytes from the same tier; copy_gb_per_s: into the engine, where the system tells
+    it, waited_ms: for how long of that the request did not get on."""
 
     system: str
     prompt_tokens: int
@@ -43,7 +44,8 @@ class TierRow(msgspec.Struct, frozen=True):
     warm: Spread
     step_ms: float
     over_floor: float | None
-    load_gb_per_s: float | None
+    copy_gb_per_s: float | None
+    waited_ms: float | None
     memcpy_gb_per_s: float | None
     memcpy_ms: float | None
     raw_ms: float | None
@@ -196,7 +198,7 @@ def raw_of(cell: TierCell, name: str) -> Raw | None:
 
 def _tier_row(cell: TierCell, floor: list[float] | None) -> TierRow:
     warm = spread_of(first_tokens(cell.warm))
-    loads = [answer.load_bytes / answer.load_ms / 1e6 for answer in cell.warm if answer.load_ms > 0]
+    copies = [answer.load_bytes / answer.load_ms / 1e6 for answer in cell.warm if answer.load_ms > 0]
     memcpy = raw_of(cell, "memcpy")
     barest = next((raw for raw in cell.raws if raw.name != "memcpy"), memcpy)
     memcpy_s = statistics.median(memcpy.seconds) if memcpy else None
@@ -207,7 +209,8 @@ def _tier_row(cell: TierCell, floor: list[float] | None) -> TierRow:
         warm=warm,
         step_ms=statistics.median(gap for answer in cell.warm for gap in answer.gaps_ms),
         over_floor=warm.median / statistics.median(floor) if floor and cell.system != "plain" else None,
-        load_gb_per_s=statistics.median(loads) if loads else None,
+        copy_gb_per_s=statistics.median(copies) if copies else None,
+        waited_ms=statistics.median(answer.waited_ms for answer in cell.warm) if copies else None,
         memcpy_gb_per_s=memcpy.num_bytes / memcpy_s / 1e9 if memcpy and memcpy_s else None,
         memcpy_ms=memcpy_s * 1e3 if memcpy_s else None,
         raw_ms=statistics.median(barest.seconds) * 1e3 if barest else None,

@@ -67,7 +67,8 @@ def _tiers(run: CacheRun) -> Table:
         "found, ms",
         "of vLLM's own hit",
         "decode step, ms",
-        "load, GB/s",
+        "copy into the engine, GB/s",
+        "waited for it, ms",
         "memcpy, GB/s",
         "barest read, ms",
     )
@@ -82,7 +83,8 @@ def _tier_cells(row: TierRow) -> tuple[str, ...]:
         _spread(row.warm, 0),
         _number(row.over_floor, 2),
         _number(row.step_ms, 1),
-        _number(row.load_gb_per_s, 2),
+        _number(row.copy_gb_per_s, 2),
+        _number(row.waited_ms, 1),
         _number(row.memcpy_gb_per_s, 2),
         _number(row.raw_ms, 0),
     )

@@ -45,7 +45,9 @@ def found(first_token_ms: float, tier: str, **given: Any) -> Answered:
     if tier == "engine":
         return answered(first_token_ms, from_engine=FOUND_TOKENS, **given)
     told: dict[str, Any] = (
-        {"tiers": {tier: FOUND_TOKENS}, "load_ms": 20.0, "load_bytes": NUM_BYTES} if tier != "outside" else {}
+        {"tiers": {tier: FOUND_TOKENS}, "load_ms": 20.0, "waited_ms": 2.0, "load_bytes": NUM_BYTES}
+        if tier != "outside"
+        else {}
     )
     return answered(first_token_ms, from_outside=FOUND_TOKENS, **(told | given))
 
