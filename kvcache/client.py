@@ -26,7 +26,7 @@ from typing import TypeVar
 from core.errors import Overloaded, ProtocolError, TransferError
 from kvcache import wire
 from kvcache.outbox import Outbox
-from transport.shm_listener import peer_uid
+from transport.credentials import peer_uid
 
 RETRY_S = 0.25
 CONNECT_TIMEOUT_S = 2.0

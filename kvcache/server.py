@@ -34,8 +34,8 @@ from kvcache.peer_server import PeerServer
 from kvcache.shape import KnownShapes
 from kvcache.spec import CacheSpec
 from kvcache.tier import Tier
+from transport.credentials import peer_uid
 from transport.mapping import Mapping, make_memfd
-from transport.shm_listener import peer_uid
 
 EXPIRE_PERIOD_S = 0.25
 MAX_CLIENTS = 1024

@@ -26,6 +26,11 @@ SUPPORTED: list[tuple[str, str, str]] = [
         "engine/test_bfloat16.py::test_answers_part_rarely_and_only_at_near_ties",
     ),
     ("Seeds, stop, logprobs, structured output, usage", "yes", "engine/test_features.py::test_equal_to_plain_vllm"),
+    (
+        "A seed on a CPU with a prompt of several steps, which ends vLLM 0.32 by itself",
+        "yes",
+        "engine/test_features.py::test_equal_to_plain_vllm",
+    ),
     ("`n` > 1, several prompts, echo", "decode instance alone", "proxy/test_split.py"),
     ("A prefill instance dies at any moment", "yes", "engine/test_recovers.py::test_the_prefill_instance_dies"),
     ("A byte flips in transit", "yes", "engine/test_recovers.py::test_a_byte_is_flipped_in_transit"),
@@ -45,6 +50,11 @@ SUPPORTED: list[tuple[str, str, str]] = [
         "KV cache in host memory, shared by all instances",
         "yes",
         "engine/test_cache.py::test_all_instances_share_what_one_computed_and_its_death_costs_nothing",
+    ),
+    (
+        "Loads beside the forward pass; a step with a bad block is thrown away",
+        "yes",
+        "engine/test_cache_in_step.py::test_what_was_computed_with_a_bad_block_is_thrown_away_and_nobody_else_finds_it",
     ),
     (
         "KV cache on disk, across a restart of everything",

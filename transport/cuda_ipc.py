@@ -36,7 +36,8 @@ from transport.cuda_ipc_wire import (
 )
 from transport.landing import expected_positions
 from transport.regions import check_region, check_words
-from transport.shm_listener import Greeting, Letterbox, ShmLanding, ShmListener
+from transport.shm_letterbox import Letterbox, ShmLanding
+from transport.shm_listener import Greeting, ShmListener
 from transport.shm_wire import RegionInMemory
 
 __all__ = ["MEASURED", "CudaIpcTransport", "is_reachable", "make", "unavailable"]

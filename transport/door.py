@@ -25,7 +25,7 @@ import msgspec
 from core.errors import TransferError
 from core.handoff import Peer
 from core.path import Path
-from transport.shm_listener import peer_uid
+from transport.credentials import peer_uid
 
 MAX_WORD_BYTES = 128 << 10
 MAX_WORDS = 256

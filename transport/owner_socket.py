@@ -15,7 +15,7 @@ import socket
 import struct
 
 from core.errors import TransferError
-from transport.shm_listener import peer_pid, peer_uid
+from transport.credentials import peer_pid, peer_uid
 from transport.shm_wire import Opening, Packet, encode_packet
 
 CONNECT_TIMEOUT_S = 10

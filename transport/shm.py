@@ -23,7 +23,8 @@ from transport.mapping import Mapping, make_memfd
 from transport.regions import check_region, check_words
 from transport.shared_copies import Helpers
 from transport.shm_endpoint import ShmEndpoint
-from transport.shm_listener import Greeting, Letterbox, ShmLanding, ShmListener
+from transport.shm_letterbox import Letterbox, ShmLanding
+from transport.shm_listener import Greeting, ShmListener
 from transport.shm_wire import (
     MAX_MEMORIES,
     RegionInMemory,
