@@ -65,7 +65,10 @@ class SchedulerHooks(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         """The step's orders for the worker."""
-        return self._build_orders(scheduler_output) or StepOrders()
+        orders = self._build_orders(scheduler_output)
+        if orders is None and self._scheduler is not None:
+            return StepOrders(unloaded=self._scheduler.blocks_on_trial())
+        return orders or StepOrders()
 
     @never_raises(_NO_ORDERS)
     def _build_orders(self, scheduler_output: Any) -> StepOrders | None:

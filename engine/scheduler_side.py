@@ -203,6 +203,10 @@ class SchedulerSide:
         bell = self._bell.name if self._bell is not None else ""
         return StepOrders(self._sender.take_commands(), self._receiver.take_commands(), cache, bell)
 
+    def blocks_on_trial(self) -> list[int]:
+        """With which the step that vLLM has just scheduled computes, and which are filled meanwhile."""
+        return self._trials.block_ids()
+
     def results(self, results: StepResults) -> set[str]:
         """The worker's answer. Returns engine requests whose blocks no transfer reads any more."""
         self._num_watched, self._num_loading = results.num_watched, results.num_loading

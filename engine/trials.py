@@ -53,6 +53,10 @@ class Trials:
         """Whether somebody is on trial in the step that is being scheduled."""
         return bool(self._all)
 
+    def block_ids(self) -> list[int]:
+        """Of all who are on trial."""
+        return [block_id for trial in self._all.values() for block_id in trial.block_ids]
+
     def begin(self, request_id: str, block_ids: Sequence[int]) -> None:
         """block_ids: from the first that is loaded to the request's last."""
         self._all[request_id] = Trial(block_ids)

@@ -59,6 +59,7 @@ class WorkerSide:
         self._cache: CacheWorker | None = None
         self._arrivals = Arrivals()
         self._on_trial: dict[str, set[int]] = {}
+        self._unloaded: set[int] = set()
 
     def memory_context(self) -> CacheMemory:
         """The context in which vLLM allocates its KV cache."""
@@ -88,15 +89,16 @@ class WorkerSide:
 
     def begin(self, orders: StepOrders) -> None:
         """Before the forward pass."""
+        self._unloaded = set(orders.unloaded)
+        self._on_trial = {
+            load.request_id: {piece.block_id for piece in load.pieces} for load in orders.cache.loads if load.in_step
+        }
         if self._pusher is None or self._lander is None:
             return
         for arm in orders.land.arm:
             self._arrivals.expect(arm.request_id, Part.PEER)
         for load in orders.cache.loads:
             self._arrivals.expect(load.request_id, Part.CACHE)
-        self._on_trial = {
-            load.request_id: {piece.block_id for piece in load.pieces} for load in orders.cache.loads if load.in_step
-        }
         self._lander.begin_step(orders.land)
         self._pusher.begin_step(orders.push)
         if self._cache is not None:
@@ -147,7 +149,7 @@ class WorkerSide:
 
     def bad_blocks(self) -> set[int]:
         """After `end`: blocks with which the step has computed, and which are not what they should be."""
-        return set().union(*self._on_trial.values())
+        return self._unloaded.union(*self._on_trial.values())
 
     def close(self) -> None:
         """Ends every thread and connection."""

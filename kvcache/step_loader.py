@@ -148,7 +148,7 @@ class StepLoader:
 
     def order(self, loads: Sequence[Load]) -> None:
         """This step's. None lasts longer than the step."""
-        self._ordered = list(loads)
+        self._ordered, self._jobs = list(loads), []
 
     def begin(self) -> None:
         """Right before the forward pass, when nothing else writes into the engine's new blocks any more."""
