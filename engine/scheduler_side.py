@@ -201,7 +201,9 @@ class SchedulerSide:
             return StepOrders()
         cache = self._cache.orders() if self._cache is not None else CacheOrders()
         bell = self._bell.name if self._bell is not None else ""
-        return StepOrders(self._sender.take_commands(), self._receiver.take_commands(), cache, bell)
+        loading = {load.request_id for load in cache.loads if load.in_step}
+        unloaded = self._trials.block_ids(loading)
+        return StepOrders(self._sender.take_commands(), self._receiver.take_commands(), cache, bell, unloaded)
 
     def blocks_on_trial(self) -> list[int]:
         """With which the step that vLLM has just scheduled computes, and which are filled meanwhile."""

@@ -27,7 +27,7 @@ class Handshake(KVConnectorHandshakeMetadata):
 @dataclass
 class StepOrders(KVConnectorMetadata):
     """Scheduler to worker, every step. bell: to be rung (transport/bell.py) when a load from the cache has ended.
-    unloaded: blocks with which the step computes although nobody loads them, since the orders for it could not be made."""
+    unloaded: blocks with which the step computes although nobody loads them: orders could not be made."""
 
     push: PushCommands = field(default_factory=PushCommands)
     land: LandCommands = field(default_factory=LandCommands)

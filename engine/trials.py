@@ -13,7 +13,7 @@ Threads: the engine's thread alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,9 +53,14 @@ class Trials:
         """Whether somebody is on trial in the step that is being scheduled."""
         return bool(self._all)
 
-    def block_ids(self) -> list[int]:
-        """Of all who are on trial."""
-        return [block_id for trial in self._all.values() for block_id in trial.block_ids]
+    def block_ids(self, loading: Container[str] = ()) -> list[int]:
+        """Of all who are on trial, but for these requests."""
+        return [
+            block_id
+            for request_id, trial in self._all.items()
+            if request_id not in loading
+            for block_id in trial.block_ids
+        ]
 
     def begin(self, request_id: str, block_ids: Sequence[int]) -> None:
         """block_ids: from the first that is loaded to the request's last."""

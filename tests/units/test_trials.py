@@ -1,4 +1,4 @@
-"""Who computes with blocks that are compared later: nothing of it counts unless somebody has said that they are equal."""
+"""Who computes with blocks that are compared later: nothing of it counts unless somebody has said they are equal."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def test_the_engine_forgets_the_blocks_of_whoever_was_lost_and_of_nobody_else() 
     trials.begin("bad", [3, 4])
     assert trials.are_open()
     assert trials.block_ids() == [1, 2, 3, 4]
+    assert trials.block_ids({"good"}) == [3, 4], "nobody loads them"
     trials.end("good", is_lost=False)
     trials.end("nobody", is_lost=True)
     assert evicted == []
