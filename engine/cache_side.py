@@ -267,6 +267,10 @@ class CacheWorker:
         for store in self._storer.begin_step(orders.stores):
             self._loader.prepare(store.arena_id)
 
+    def spoil(self) -> None:
+        """Nobody knows who computes in this step with blocks that nobody loads: nothing of it is stored."""
+        self._storer.spoil()
+
     def load_in_step(self) -> None:
         """Right before the forward pass, of a step that has loads of its own."""
         self._step_loader.begin()

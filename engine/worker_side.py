@@ -103,6 +103,8 @@ class WorkerSide:
         self._pusher.begin_step(orders.push)
         if self._cache is not None:
             self._cache.begin(orders.cache, orders.bell)
+            if self._unloaded:
+                self._cache.spoil()
 
     def load_in_step(self) -> None:
         """Right before the forward pass of a step with loads of its own."""

@@ -66,10 +66,10 @@ class Storer:
                 self._faults.reach("store", layer=layer)
                 self._copy(job, layer)
 
-    def spoil(self, request_ids: Container[str]) -> None:
-        """What these requests compute in this step is of no use."""
+    def spoil(self, request_ids: Container[str] | None = None) -> None:
+        """What these requests compute in this step is of no use; None: what anybody computes."""
         for job in self._jobs:
-            if job.store.request_id in request_ids:
+            if request_ids is None or job.store.request_id in request_ids:
                 job.why_failed = job.why_failed or "it was computed from blocks that are not what they should be"
 
     def end_step(self, results: CacheResults) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from core.clock import Clock, SystemClock
 from kvcache import wire
@@ -68,19 +68,28 @@ class Instance:
     def look_up(self, request: str, numbers: Sequence[int], tail: Sequence[int] = (0,)) -> int | None:
         return self.reader.look_up(request, len(numbers) * BLOCK_SIZE + len(tail), 0)
 
-    def compute(self, request: str, numbers: Sequence[int], num_blocks: int, num_more: int = 0) -> int:
+    def compute(
+        self,
+        request: str,
+        numbers: Sequence[int],
+        num_blocks: int,
+        num_more: int = 0,
+        *,
+        spoils: Callable[[], object] = lambda: None,
+    ) -> int:
         """One step after which so many blocks and tokens more are computed; block i lies in the engine's block i.
-        Returns how many were stored."""
+        Returns how many were stored. spoils: called when every layer but the last is stored."""
         self.writer.granted(request, self.reader.grants(request))
         num_tokens = num_blocks * BLOCK_SIZE + num_more
         self.writer.scheduled(request, [key(n) for n in numbers], num_tokens, list(range(16)))
-        return self.step()
+        return self.step(spoils)
 
-    def step(self) -> int:
+    def step(self, spoils: Callable[[], object] = lambda: None) -> int:
         """The worker's part of a step with the stores that are due."""
         self.storer.begin_step(self.writer.take_stores())
         for layer in range(LAYERS - 1):
             self.storer.save_layer(layer)  # the last layer's hook is never called: the sweep must find it
+        spoils()
         results = CacheResults()
         self.storer.end_step(results)
         for stored in results.stored:

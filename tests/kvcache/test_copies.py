@@ -77,6 +77,28 @@ def test_nothing_is_stored_twice_and_nothing_stays_reserved_or_pinned(
     assert a.arrive("gone", PROMPT) == 0
 
 
+@pytest.mark.parametrize("everybody", [False, True])
+def test_what_a_spoilt_step_computed_is_never_found_and_its_places_come_back(
+    server: Server, pair: tuple[Instance, Instance], everybody: bool
+) -> None:
+    """Of the one who has computed with blocks that are not what they should be; or of all, where nobody knows whose."""
+    a, b = pair
+    assert a.arrive("spoilt", PROMPT) == 0
+    assert a.arrive("other", (7,)) == 0
+
+    def spoils() -> None:
+        a.storer.spoil(None if everybody else {"spoilt"})
+
+    a.writer.granted("other", a.reader.grants("other"))
+    a.writer.scheduled("other", [key(7)], BLOCK_SIZE, list(range(16)))
+    assert a.compute("spoilt", PROMPT, 3, spoils=spoils) == (0 if everybody else 1)
+    for request in ("spoilt", "other"):
+        a.finish(request)
+    until(lambda: server.figures()["reserved_bytes"] == 0, what="the places")
+    assert b.arrive("second", PROMPT) == 0
+    assert b.arrive("third", (7,)) == (0 if everybody else BLOCK_SIZE)
+
+
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_one_flipped_bit_is_a_miss_and_is_never_found_again(
     server: Server, pair: tuple[Instance, Instance], layer: int
