@@ -244,7 +244,7 @@ class SchedulerSide:
         known = self._requests.of(request)
         known.found, known.in_step = found_tokens, False
         cached: int | None = 0
-        is_idle = next(self._requests.allocated(), None) is None
+        is_idle = self._cache is not None and next(self._requests.allocated(), None) is None
         if self._cache is not None:
             cached = self._cache.look_up(request, found_tokens, is_idle=is_idle)
         if known.sends and self._receiver is not None and self._sender.admit(known.prompt()) is Gate.WAIT:
@@ -280,17 +280,16 @@ class SchedulerSide:
             self._cache.computes(request_id)
         if known is None or known.ticket is None or self._receiver is None:
             return
-        ticket, num_prompt = known.ticket.id, known.request.num_prompt_tokens
-        if trial is not None and arrived.why_lost:
-            self._receiver.load_lost(request_id, ticket, arrived.why_lost)
-            self._accounts.found(request_id, ticket, num_prompt, known.found)  # vLLM does not admit it anew
-        elif arrived.loaded is not None and known.sends:
-            if not arrived.why_lost:
-                self._sender.loaded(request_id, self._cache.given(arrived.loaded))
-        elif arrived.loaded is not None and arrived.why_lost:
-            self._receiver.load_lost(request_id, ticket, arrived.why_lost)
-        elif arrived.loaded is not None:
-            self._accounts.loaded(request_id, ticket, self._cache.given(arrived.loaded), num_prompt, known.found)
+        ticket, num_prompt, loaded = known.ticket.id, known.request.num_prompt_tokens, arrived.loaded
+        if arrived.why_lost:
+            if not known.sends and (trial is not None or loaded is not None):
+                self._receiver.load_lost(request_id, ticket, arrived.why_lost)
+            if trial is not None:  # vLLM does not admit it anew
+                self._accounts.found(request_id, ticket, num_prompt, known.found)
+        elif loaded is not None and known.sends:
+            self._sender.loaded(request_id, self._cache.given(loaded))
+        elif loaded is not None:
+            self._accounts.loaded(request_id, ticket, self._cache.given(loaded), num_prompt, known.found)
             if trial is not None and trial.chunk is not None:
                 self._receiver.scheduled(request_id, ticket, *trial.chunk)
 

@@ -98,7 +98,7 @@ class MappedArena:
         """Copies this rank's part of a slot into a block of the engine. False if what has arrived there is not of the
         block with this key and digest. Raises TransferError for a slot outside the arena."""
         total: int = self.first_summand(key)
-        at = self._part_at(offset)
+        at = self._part_at(offset)  # a sum of `read_layer` takes 3 % longer with layers of 128 KiB, 18 % with 8 KiB
         for seed, region in enumerate(self._regions, self._first_seed):
             target = region.address + block_id * region.stride
             ctypes.memmove(target, at, region.block_bytes)

@@ -36,8 +36,8 @@ class _Job:
     """One load: tasks of a few blocks of one layer, in the order in which the forward pass needs them."""
 
     def __init__(self, load: Load, arena: MappedArena, num_layers: int, clock: Clock, faults: FaultPoint) -> None:
-        self.load = load
-        self.arena = arena
+        self._load = load
+        self._arena = arena
         self._clock = clock
         self._faults = faults
         self._begun_s = self._ended_s = clock.monotonic_s()
@@ -63,7 +63,7 @@ class _Job:
         """Loads the last block, of which this step writes the rest."""
         piece = self._last
         try:
-            self._last_is_sound = self.arena.read_block(piece.block_id, piece.offset, piece.key, piece.digest)
+            self._last_is_sound = self._arena.read_block(piece.block_id, piece.offset, piece.key, piece.digest)
         except TransferError as error:
             self._why = str(error)
         self._ended_s = self._clock.monotonic_s()
@@ -91,7 +91,7 @@ class _Job:
             why = "the engine computed a layer without asking whether it had come"
         if not why:
             bad = self._bad()
-        return self.load.ended(self.arena.part_bytes, self._ended_s - self._begun_s, why, bad, self._waited_s)
+        return self._load.ended(self._arena.part_bytes, self._ended_s - self._begun_s, why, bad, self._waited_s)
 
     def _bad(self) -> list[Written]:
         pieces = list(self._streamed)
@@ -99,7 +99,7 @@ class _Job:
         bad = [
             piece
             for piece, total in zip(pieces, totals, strict=True)
-            if not self.arena.is_sound(piece.offset, piece.digest, add(self.arena.first_summand(piece.key), total))
+            if not self._arena.is_sound(piece.offset, piece.digest, add(self._arena.first_summand(piece.key), total))
         ]
         if not self._last_is_sound:
             bad.append(self._last)
@@ -129,7 +129,7 @@ class _Job:
                         self._change.notify_all()
 
     def _copy(self, layer: int, first: int) -> None:
-        summands, read = self._summands[layer], self.arena.read_layer
+        summands, read = self._summands[layer], self._arena.read_layer
         for index, piece in enumerate(self._streamed[first : first + self._blocks_of_task], first):
             summands[index] = read(layer, piece.block_id, piece.offset)
 

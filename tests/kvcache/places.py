@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from core.errors import TransferError
+from kvcache.arena import MappedArena, key_summand
 from kvcache.client import ask_figures
 from kvcache.keys import BlockKey, block_key, namespace
 from kvcache.ledger import Ledger, ledger_bytes
+from kvcache.orders import Piece
 from kvcache.server import ArenaFds
 from kvcache.spec import SPEC_VARIABLE
 from tests.poll import until
@@ -56,6 +58,17 @@ class Engine:
             text = f"{number}/{region.id};".encode() * LAYER_BYTES
             ctypes.memmove(region.address + block_id * region.stride, text, LAYER_BYTES)
         return self.block(block_id)
+
+
+def stored(engine: Engine, arena: MappedArena, count: int) -> list[Piece]:
+    """Fills the engine's first blocks and copies them into the arena; returns what to load, from block 8 on."""
+    pieces = []
+    for number in range(count):
+        engine.fill(number, number)
+        offset = number * BLOCK_BYTES
+        digest = key_summand(key(number)) + sum(arena.write_layer(layer, number, offset) for layer in range(LAYERS))
+        pieces.append(Piece(8 + number, offset, key(number), digest % (1 << 64), "host", 128))
+    return pieces
 
 
 class Server:

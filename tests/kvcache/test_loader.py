@@ -11,11 +11,11 @@ import pytest
 from core.clock import SystemClock
 from core.errors import TransferError
 from kvcache import loader as loader_module
-from kvcache.arena import Arena, MappedArena, key_summand
+from kvcache.arena import Arena, MappedArena
 from kvcache.copiers import Copiers
 from kvcache.loader import Loader
 from kvcache.orders import Load, Loaded, Piece
-from tests.kvcache.places import BLOCK_BYTES, LAYERS, Engine, key
+from tests.kvcache.places import BLOCK_BYTES, Engine, key, stored
 from tests.poll import until
 from transport.affinity import num_copying_threads
 from transport.faultpoint import FaultPoint
@@ -37,14 +37,7 @@ class Kept:
         arena = Arena(self.engine.regions, lambda: (os.dup(fd), num_bytes, "arena"))
         mapped = arena.map()
         os.close(fd)
-        self.pieces = []
-        for number in range(COUNT):
-            self.engine.fill(number, number)
-            offset = number * BLOCK_BYTES
-            digest = key_summand(key(number)) + sum(
-                mapped.write_layer(layer, number, offset) for layer in range(LAYERS)
-            )
-            self.pieces.append(Piece(8 + number, offset, key(number), digest % (1 << 64), "host", 128))
+        self.pieces = stored(self.engine, mapped, COUNT)
         self.heard: list[list[Loaded]] = []
         self.copiers = Copiers(3)
         self.loader = Loader(arena, self.copiers, SystemClock(), FaultPoint(), self._hear)

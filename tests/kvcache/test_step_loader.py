@@ -12,11 +12,11 @@ import pytest
 from core.clock import SystemClock
 from core.errors import TransferError
 from kvcache import step_loader
-from kvcache.arena import Arena, MappedArena, Share, key_summand, slot_bytes
+from kvcache.arena import Arena, MappedArena, Share, slot_bytes
 from kvcache.copiers import Copiers
 from kvcache.orders import Load, Loaded, Piece
 from kvcache.step_loader import StepLoader
-from tests.kvcache.places import BLOCK_BYTES, LAYER_BYTES, LAYERS, Engine, key
+from tests.kvcache.places import BLOCK_BYTES, LAYER_BYTES, LAYERS, Engine, key, stored
 from transport.faultpoint import FaultPoint
 from transport.mapping import Mapping, make_memfd
 
@@ -36,14 +36,7 @@ class Kept:
         self.arena = Arena(self.engine.regions, lambda: (os.dup(fd), num_bytes, "arena"))
         mapped = self.arena.map()
         os.close(fd)
-        self.pieces = []
-        for number in range(COUNT):
-            self.engine.fill(number, number)
-            offset = number * BLOCK_BYTES
-            digest = key_summand(key(number)) + sum(
-                mapped.write_layer(layer, number, offset) for layer in range(LAYERS)
-            )
-            self.pieces.append(Piece(8 + number, offset, key(number), digest % (1 << 64), "host", 128))
+        self.pieces = stored(self.engine, mapped, COUNT)
         self.copiers = Copiers(num_threads)
         self.loader = StepLoader(self.arena, LAYERS, self.copiers, SystemClock(), FaultPoint())
 
