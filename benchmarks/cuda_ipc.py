@@ -29,10 +29,10 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from transport.base import Blocks, Endpoint, Region, Transfer, TransferState
+from transport.cuda_device import CudaDevice
 from transport.cuda_ipc import CudaIpcTransport, unavailable
-from transport.cuda_ipc_device import Device
-from transport.cuda_ipc_gpu import CudaDevice
-from transport.cuda_ipc_host import HostDevice
+from transport.device import Device
+from transport.host_device import HostDevice
 
 BLOCK_BYTES = {"qwen2.5-0.5b": 8 << 10, "llama-3-8b": 64 << 10, "deepseek-v3": 18 << 10}
 NUM_LAYERS = 32

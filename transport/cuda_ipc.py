@@ -20,9 +20,8 @@ from collections.abc import Callable, Sequence
 
 from core.errors import TransferError
 from transport.base import Blocks, Memory, Region
-from transport.cuda_ipc_device import Device, Exported
+from transport.cuda_device import CudaDevice, unavailable
 from transport.cuda_ipc_endpoint import CudaIpcEndpoint
-from transport.cuda_ipc_gpu import CudaDevice, unavailable
 from transport.cuda_ipc_wire import (
     MAX_MEMORIES,
     VERSION,
@@ -34,6 +33,7 @@ from transport.cuda_ipc_wire import (
     is_reachable,
     process_host_id,
 )
+from transport.device import Device, Exported
 from transport.landing import expected_positions
 from transport.regions import check_region, check_words
 from transport.shm_letterbox import Letterbox, ShmLanding

@@ -16,10 +16,10 @@ from collections.abc import Mapping
 
 from core.errors import TransferError
 from transport.base import Blocks, Region
-from transport.cuda_ipc_device import Device
 from transport.cuda_ipc_link import CudaIpcLink
 from transport.cuda_ipc_pipeline import CudaIpcTransfer, Pipeline
 from transport.cuda_ipc_wire import CudaIpcDescription
+from transport.device import Device
 from transport.order import Order, order_read, order_write
 
 CLOSE_TIMEOUT_S = 5.0

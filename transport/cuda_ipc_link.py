@@ -13,8 +13,8 @@ import os
 
 from core.errors import TransferError
 from transport.base import Region
-from transport.cuda_ipc_device import Device, Exported
 from transport.cuda_ipc_wire import MAX_HELLO_BYTES, CudaIpcDescription, decode_hello
+from transport.device import Device, Exported
 from transport.owner_socket import OwnerSocket
 
 

@@ -16,8 +16,8 @@ from collections.abc import Callable
 
 from core.errors import TransferError
 from transport.base import TransferState
-from transport.cuda_ipc_device import Moment
 from transport.cuda_ipc_link import CudaIpcLink
+from transport.device import Moment
 from transport.order import Order
 from transport.shm_wire import Finished
 

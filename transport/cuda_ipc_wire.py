@@ -16,7 +16,7 @@ from typing import Annotated
 import msgspec
 
 from core.errors import TransferError
-from transport.cuda_ipc_device import MAX_HANDLE_BYTES, Exported
+from transport.device import MAX_HANDLE_BYTES, Exported
 from transport.shm_wire import RegionInMemory, check_places, host_id
 
 VERSION = 1

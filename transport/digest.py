@@ -5,11 +5,14 @@
 i is the block's position in the hand-off, so a block that landed in another's place changes the sum. `full` hashes
 every byte. `sampled` hashes four cache lines of every block (its first and last and two between, spread by position),
 which catches a missed, misplaced or torn block at a tenth of the cost, but not one flipped bit.
+
+Of blocks in a GPU's memory: transport/device_digest.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import xxhash
 
@@ -19,6 +22,39 @@ from transport.regions import view
 LINE_BYTES = 64
 SAMPLED_LINES = 4
 _MASK = (1 << 64) - 1
+
+
+class BlockSum(Protocol):
+    """The digest of a hand-off's blocks, added up while they are computed, or where they have come."""
+
+    def add(self, region: Region, block_ids: Sequence[int], first_position: int, *, full: bool) -> None:
+        """Adds blocks at consecutive positions, of one layer. Raises TransferError if a device refuses."""
+        ...
+
+    def value(self) -> int | None:
+        """Of all that was added; None while a device is at it (never without one). Raises TransferError if it
+        failed."""
+        ...
+
+    def release(self) -> None:
+        """Nobody asks any more."""
+        ...
+
+
+class HostSum:
+    """Of blocks in the host's memory."""
+
+    def __init__(self) -> None:
+        self._total = 0
+
+    def add(self, region: Region, block_ids: Sequence[int], first_position: int, *, full: bool) -> None:
+        self._total = add(self._total, blocks_digest(region, block_ids, first_position, full=full))
+
+    def value(self) -> int:
+        return self._total
+
+    def release(self) -> None:
+        return
 
 
 def block_digest(region: Region, block_id: int, position: int, *, full: bool) -> int:

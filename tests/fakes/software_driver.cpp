@@ -1,5 +1,5 @@
 // A CUDA driver in software, as strict as the documentation: device memory is host memory, a stream is a thread, and the
-// kernel is the real one, compiled for this machine. Only what transport/cuda_ipc_driver.py calls, and what a test needs
+// kernels are the real ones, compiled for this machine. Only what transport/cuda_driver.py calls, and what a test needs
 // to play the computation (software_*). Where CUDA's header is installed, every signature is checked against it.
 //
 // Strict: a call without a current context, of another process than the one that initialised, or on memory that was never
@@ -49,7 +49,7 @@ typedef struct { char reserved[64]; } CUipcMemHandle;
 struct uint3 { unsigned int x, y, z; };
 struct alignas(16) uint4 { unsigned int x, y, z, w; };
 static thread_local uint3 blockIdx, blockDim, threadIdx;
-#include "../../transport/cuda_ipc_kernel.cu"
+#include "../../transport/cuda_kernels.cu"
 
 namespace {
 
@@ -118,6 +118,8 @@ constexpr unsigned long MAGIC = 0xba70ba70;
 std::mutex table;
 std::map<CUdeviceptr, Memory> memories;
 std::map<CUdeviceptr, Opened> opened;
+std::map<void *, size_t> pinned;
+size_t pinned_limit = 0;
 std::set<Stream *> streams;
 std::set<Event *> events;
 std::atomic<int> owner_pid{0}, can_access_peer{1}, num_launches{0}, failure{0}, primary_uses{0};
@@ -136,6 +138,14 @@ std::map<CUdeviceptr, Memory>::iterator find(CUdeviceptr at) {
     --found;
     return at < found->first + found->second.size ? found : memories.end();
 }
+// A kernel, given its argument: what each thread of one launch does. The argument is copied, as CUDA does.
+using Kernel = std::function<std::function<void()>(const void *)>;
+template <typename Argument> Kernel kernel_of(void (*kernel)(const Argument)) {
+    return [kernel](const void *argument) {
+        auto copied = std::make_shared<Argument>(*static_cast<const Argument *>(argument));
+        return [kernel, copied] { kernel(*copied); };
+    };
+}
 void record(Event *event, std::vector<Stream *> behind) {
     auto at = ++event->recorded;
     auto left = std::make_shared<std::atomic<int>>(static_cast<int>(behind.size()));
@@ -148,6 +158,9 @@ void record(Event *event, std::vector<Stream *> behind) {
 }
 
 }  // namespace
+
+extern "C" CUdeviceptr software_allocate(size_t size, int is_ipc_capable, int device);
+extern "C" void software_free(CUdeviceptr at);
 
 #define READY()                      \
     do {                             \
@@ -212,7 +225,8 @@ CUresult CUDAAPI cuCtxRecordEvent(CUcontext context, CUevent event) {
 CUresult CUDAAPI cuModuleLoadData(CUmodule *module, const void *image) {
     READY();
     std::string ptx(static_cast<const char *>(image));
-    for (const char *part : {".version", ".entry copy_16(", ".entry copy_4(", ".entry copy_1(", "[4040]"})
+    for (const char *part : {".version", ".entry copy_16(", ".entry copy_4(", ".entry copy_1(", "[4040]",
+                             ".entry sum_words(", "[4048]"})
         if (ptx.find(part) == std::string::npos) return is(200);
     *module = reinterpret_cast<CUmodule>(new std::string(ptx));
     return is(OK);
@@ -224,9 +238,12 @@ CUresult CUDAAPI cuModuleUnload(CUmodule module) {
 }
 CUresult CUDAAPI cuModuleGetFunction(CUfunction *function, CUmodule, const char *name) {
     READY();
-    std::map<std::string, void (*)(const Batch)> kernels{{"copy_16", copy_16}, {"copy_4", copy_4}, {"copy_1", copy_1}};
-    if (!kernels.count(name)) return is(500);
-    *function = reinterpret_cast<CUfunction>(kernels[name]);
+    static const std::map<std::string, Kernel> kernels{
+        {"copy_16", kernel_of(copy_16)}, {"copy_4", kernel_of(copy_4)}, {"copy_1", kernel_of(copy_1)},
+        {"sum_words", kernel_of(sum_words)}};
+    auto found = kernels.find(name);
+    if (found == kernels.end()) return is(500);
+    *function = reinterpret_cast<CUfunction>(const_cast<Kernel *>(&found->second));
     return is(OK);
 }
 CUresult CUDAAPI cuLaunchKernel(CUfunction function, unsigned int gx, unsigned int gy, unsigned int gz, unsigned int bx,
@@ -234,8 +251,7 @@ CUresult CUDAAPI cuLaunchKernel(CUfunction function, unsigned int gx, unsigned i
                                 void **arguments, void **extra) {
     READY();
     if (!gx || !gy || gy > 65535 || gz != 1 || bx > 1024 || by != 1 || bz != 1 || shared || extra) return is(INVALID);
-    auto batch = std::make_shared<Batch>(*static_cast<const Batch *>(arguments[0]));
-    auto kernel = reinterpret_cast<void (*)(const Batch)>(function);
+    auto thread_of = (*reinterpret_cast<Kernel *>(function))(arguments[0]);
     ++num_launches;
     reinterpret_cast<Stream *>(stream)->add([=] {
         blockDim = {bx, 1, 1};
@@ -244,7 +260,7 @@ CUresult CUDAAPI cuLaunchKernel(CUfunction function, unsigned int gx, unsigned i
                 for (unsigned int thread = 0; thread < bx; ++thread) {
                     blockIdx = {x, y, 0};
                     threadIdx = {thread, 0, 0};
-                    kernel(*batch);
+                    thread_of();
                 }
         return true;
     });
@@ -329,6 +345,38 @@ CUresult CUDAAPI cuPointerGetAttribute(void *data, CUpointer_attribute attribute
     }
     memcpy(data, &value, static_cast<int>(attribute) == 10 ? 1 : 4);  // a boolean has one byte
     return is(OK);
+}
+CUresult CUDAAPI cuMemAlloc_v2(CUdeviceptr *at, size_t size) {
+    READY();
+    *at = software_allocate(size, 1, 0);
+    return is(*at ? OK : 2);
+}
+CUresult CUDAAPI cuMemFree_v2(CUdeviceptr at) {
+    READY();
+    {
+        std::lock_guard<std::mutex> guard(table);
+        if (!memories.count(at)) return is(INVALID);
+    }
+    software_free(at);
+    return is(OK);
+}
+CUresult CUDAAPI cuMemHostRegister_v2(void *at, size_t size, unsigned int flags) {
+    READY();
+    std::lock_guard<std::mutex> guard(table);
+    if (flags != 3 || !size) return is(INVALID);
+    if (pinned_limit && size > pinned_limit) return is(2);
+    return is(pinned.emplace(at, size).second ? OK : 712);
+}
+CUresult CUDAAPI cuMemHostUnregister(void *at) {
+    READY();
+    std::lock_guard<std::mutex> guard(table);
+    return is(pinned.erase(at) ? OK : 713);
+}
+CUresult CUDAAPI cuMemHostGetDevicePointer_v2(CUdeviceptr *result, void *at, unsigned int flags) {
+    READY();
+    std::lock_guard<std::mutex> guard(table);
+    *result = reinterpret_cast<CUdeviceptr>(at);
+    return is(!flags && pinned.count(at) ? OK : INVALID);
 }
 CUresult CUDAAPI cuMemGetAddressRange_v2(CUdeviceptr *base, size_t *size, CUdeviceptr at) {
     READY();
@@ -426,13 +474,16 @@ void software_end(void *handle) {
     contexts.pop_back();
 }
 void software_peer_access(int can_access) { can_access_peer = can_access; }
+void software_pin_at_most(size_t size) { pinned_limit = size; }
 void software_fail(int code) { failure = code; }
-// What is left: 0 launches so far, 1 streams, 2 events, 3 opened memories, 4 retained contexts, 5 contexts of this thread.
+// What is left: 0 launches so far, 1 streams, 2 events, 3 opened memories, 4 retained contexts, 5 contexts of this thread,
+// 6 pinned ranges, 7 memories.
 int software_count(int what) {
     std::lock_guard<std::mutex> guard(table);
     int counts[] = {num_launches.load(),          static_cast<int>(streams.size()),
                     static_cast<int>(events.size()), static_cast<int>(opened.size()),
-                    primary_uses.load(),          static_cast<int>(contexts.size())};
+                    primary_uses.load(),          static_cast<int>(contexts.size()),
+                    static_cast<int>(pinned.size()), static_cast<int>(memories.size())};
     return counts[what];
 }
 

@@ -11,8 +11,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from transport.cuda_ipc_driver import CudaDriver
-from transport.cuda_ipc_gpu import CudaDevice
+from transport.cuda_device import CudaDevice
+from transport.cuda_driver import CudaDriver
 
 SOURCE = Path(__file__).with_name("software_driver.cpp")
 HEADERS = Path("/usr/local/cuda/include")
@@ -31,28 +31,29 @@ class SoftwareGpu(CudaDevice):
 
     def __init__(self, library: str, compute_stream: Callable[[], int] | None = None) -> None:
         super().__init__(compute_stream, CudaDriver(library))
-        self._allocated: list[int] = []
+        self._of_engine: list[int] = []
         self.library = ctypes.CDLL(library)
         self.library.software_allocate.restype = ctypes.c_uint64
         self.library.software_allocate.argtypes = [ctypes.c_size_t, ctypes.c_int, ctypes.c_int]
         self.library.software_free.argtypes = [ctypes.c_uint64]
         self.library.software_compute_stream.restype = ctypes.c_void_p
         self.library.software_end.argtypes = [ctypes.c_void_p]
+        self.library.software_pin_at_most.argtypes = [ctypes.c_size_t]
         self.library.software_hold.argtypes = [ctypes.c_void_p, ctypes.c_int]
 
-    def allocate(self, num_bytes: int, *, is_ipc_capable: bool = True, gpu: int = 0) -> Allocation:  # type: ignore[override]
-        self._allocated.append(self.library.software_allocate(num_bytes, is_ipc_capable, gpu))
-        return Allocation(self._allocated[-1], num_bytes)
+    def allocate(self, num_bytes: int, *, is_ipc_capable: bool = True, gpu: int = 0) -> Allocation:
+        self._of_engine.append(self.library.software_allocate(num_bytes, is_ipc_capable, gpu))
+        return Allocation(self._of_engine[-1], num_bytes)
 
     def close(self) -> None:
         super().close()
-        for address in self._allocated:
+        for address in self._of_engine:
             self.library.software_free(address)
-        self._allocated.clear()
+        self._of_engine.clear()
 
     def count(self, what: str) -> int:
         """What is left of it, in this process (in this thread for contexts)."""
-        names = ("launches", "streams", "events", "opened", "retained", "contexts")
+        names = ("launches", "streams", "events", "opened", "retained", "contexts", "pinned", "memories")
         return int(self.library.software_count(names.index(what)))
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 
 from transport.base import Blocks, Region
+from transport.cuda_device import CudaDevice
 from transport.cuda_ipc import CudaIpcTransport
-from transport.cuda_ipc_gpu import CudaDevice
 
 LEAD_BYTES = 1 << 16
 """Regions begin inside an allocation, as an engine's layers do."""
@@ -46,7 +46,7 @@ class TorchGpu(CudaDevice):
         stream: Callable[[], int] = lambda: torch.cuda.current_stream().cuda_stream  # noqa: E731
         super().__init__(stream)
 
-    def allocate(self, num_bytes: int) -> TorchMemory:  # type: ignore[override]
+    def allocate(self, num_bytes: int) -> TorchMemory:
         return TorchMemory(num_bytes)
 
 

@@ -32,7 +32,7 @@ from transport.base import Blocks, TransferState, Transport
 from transport.conformance_pair import finish
 from transport.control import Callbacks, ControlPlane, Identity
 from transport.cuda_ipc import CudaIpcTransport
-from transport.cuda_ipc_host import HostDevice
+from transport.host_device import HostDevice
 from transport.schemes import make_transport
 
 NUM_BLOCKS = 16

@@ -30,12 +30,12 @@ from transport import cuda_ipc, cuda_ipc_endpoint
 from transport.base import Endpoint, Region, Transfer, TransferState
 from transport.conformance import check_transport
 from transport.conformance_pair import QUIET_S, finish, wait_for
+from transport.cuda_device import why_unavailable
 from transport.cuda_ipc import CudaIpcTransport
-from transport.cuda_ipc_device import Exported
-from transport.cuda_ipc_gpu import why_unavailable
-from transport.cuda_ipc_host import HostDevice
 from transport.cuda_ipc_wire import CudaIpcDescription, decode_description, encode_description
+from transport.device import Exported
 from transport.faulty import Faults, FaultyTransport
+from transport.host_device import HostDevice
 from transport.schemes import SCHEMES, is_reachable, make_transport, unavailable
 from transport.shm import ShmTransport
 
@@ -418,8 +418,8 @@ def _in_another_process(exported: Exported) -> str:
     script = """
 import ctypes, sys, msgspec
 from core.errors import TransferError
-from transport.cuda_ipc_device import Exported
-from transport.cuda_ipc_host import HostDevice
+from transport.device import Exported
+from transport.host_device import HostDevice
 device = HostDevice()
 try:
     address = device.open(msgspec.json.decode(sys.argv[1], type=Exported))

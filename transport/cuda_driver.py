@@ -1,4 +1,4 @@
-"""The CUDA driver's functions that cuda_ipc calls, with their types and errors.
+"""The CUDA driver's functions that Baton calls, with their types and errors.
 
 Straight to libcuda.so.1: what it has published never changes, every machine with a GPU has it, and loading it starts
 nothing (`CudaDriver()` does, which must not happen before a process forks). Signatures as in cuda.h of CUDA 13.0.
@@ -31,6 +31,7 @@ _REMEDIES: dict[int, str] = {
     217: "the two GPUs do not reach each other (nvidia-smi topo -p2p rw): use nixl, ucx or shm",
     222: "the driver is older than CUDA 11.8: update it",
     400: "for an IPC handle: the peer is gone, or in a container with process numbers of its own (--pid)",
+    712: "this memory of the host is pinned already",
     801: "this GPU or system has no CUDA IPC (MIG instances, WSL, vGPU): use another transport",
 }
 
@@ -70,6 +71,11 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
     "cuEventRecord": (c_void_p, c_void_p),
     "cuEventQuery": (c_void_p,),
     "cuPointerGetAttribute": (c_void_p, c_int, c_uint64),
+    "cuMemAlloc_v2": (POINTER(c_uint64), c_size_t),
+    "cuMemFree_v2": (c_uint64,),
+    "cuMemHostRegister_v2": (c_void_p, c_size_t, c_uint),
+    "cuMemHostUnregister": (c_void_p,),
+    "cuMemHostGetDevicePointer_v2": (POINTER(c_uint64), c_void_p, c_uint),
     "cuMemGetAddressRange_v2": (POINTER(c_uint64), POINTER(c_size_t), c_uint64),
     "cuIpcGetMemHandle": (POINTER(IpcHandle), c_uint64),
     "cuIpcOpenMemHandle_v2": (POINTER(c_uint64), IpcHandle, c_uint),

@@ -1,13 +1,17 @@
-"""What the cuda_ipc transport needs of a GPU, and nothing else of it knows about CUDA.
+"""What Baton needs of a GPU; nothing but `transport/cuda_*.py` knows about CUDA.
 
     Device: export ──▶ Exported (handle) ── another process ──▶ open ──▶ address here
       ├─ mark ──▶ Moment           passes when the computation given to the device until now is done
+      ├─ hold_up(moment)           the other way round: what is computed from now on waits for the moment
+      ├─ pin ──▶ address           host memory, as the device sees it
       └─ lane ──▶ Lane.copy(..., after) ──▶ Moment       copies beside the computation, in order
+               └▶ Lane.tally ──▶ Tally.add(..., after)   digests of blocks, the same way
 
-`transport/cuda_ipc_gpu.py` is the real one; `transport/cuda_ipc_host.py` does the same with host memory and threads, so
+`transport/cuda_device.py` is the real one; `transport/host_device.py` does the same with host memory and threads, so
 that everything else runs, and is tested, on a machine without a GPU.
 Threading: every method may be called from the engine's thread and from the endpoints' threads, and none waits for the
-device, but `Lane.close`, which is called only once the lane is empty.
+device, but `Lane.close`, which is called only once the lane is empty. `mark` and `hold_up` are about the computation of
+the thread that calls. A lane and its tallies are used by one thread at a time.
 """
 
 from __future__ import annotations
@@ -47,8 +51,26 @@ class Moment(Protocol):
         ...
 
 
+class Tally(Protocol):
+    """A digest of blocks that the device adds up (transport/device_digest.py has the formula)."""
+
+    def add(self, span: Span, ids: Sequence[int], seed: int, after: Moment) -> None:
+        """Adds blocks, the first with this seed, each further one with one more, once `after` has passed. Returns at
+        once. Raises TransferError if the device refuses."""
+        ...
+
+    def value(self) -> int | None:
+        """The sum over all that was added, modulo 2^64; None while the device is at it. Raises TransferError if it
+        failed."""
+        ...
+
+    def release(self) -> None:
+        """Nobody asks any more."""
+        ...
+
+
 class Lane(Protocol):
-    """An ordered queue of copies, beside the computation."""
+    """An ordered queue of copies and digests, beside the computation."""
 
     def copy(
         self, source: Span, source_ids: Sequence[int], target: Span, target_ids: Sequence[int], after: Moment
@@ -57,6 +79,8 @@ class Lane(Protocol):
         if the device refuses."""
         ...
 
+    def tally(self) -> Tally: ...
+
     def close(self) -> None: ...
 
 
@@ -64,7 +88,8 @@ class Device(Protocol):
     """One GPU as this process uses it."""
 
     def allocate(self, num_bytes: int) -> Memory | None:
-        """None: the engine allocates its KV cache itself, and any of the device's memory will do."""
+        """Memory of the device; None before any of the engine's was checked: it allocates its KV cache itself. Raises
+        TransferError if there is not enough."""
         ...
 
     def check(self, address: int, num_bytes: int) -> None:
@@ -87,6 +112,20 @@ class Device(Protocol):
 
     def mark(self) -> Moment:
         """Passes when everything is done that the computation had been given when this was called."""
+        ...
+
+    def hold_up(self, moment: Moment) -> None:
+        """What the computation is given from now on begins when the moment has passed. Raises TransferError if the
+        device refuses."""
+        ...
+
+    def pin(self, address: int, num_bytes: int) -> int:
+        """Lets the device read and write memory of the host: at which address. Raises TransferError, with the remedy,
+        if it cannot."""
+        ...
+
+    def unpin(self, address: int) -> None:
+        """Before that memory is unmapped; nothing may be copying there. address: of the host's."""
         ...
 
     def lane(self) -> Lane: ...

@@ -1,11 +1,9 @@
-"""A CUDA GPU as the cuda_ipc transport's device. Never run on a GPU yet: docs/design/0011-cuda-ipc.md.
-
-    computation's stream ── event ──▶ side stream: wait, kernel, kernel, event ──▶ asked by Moment.has_passed
+"""A CUDA GPU as Baton uses it beside the computation. Never run on a GPU yet: docs/design/0011-cuda-ipc.md.
 
 Memory model: events are used again once nobody asks for them. The device is the one whose memory is checked first,
 when the engine registers its KV cache; before that nothing is taken from the GPU. Its context is let go of once the
 device is closed and the last lane and foreign memory are, which may end later, on an endpoint's thread.
-Threading: see transport/cuda_ipc_device.py; nothing here synchronises.
+Threading: see transport/device.py; nothing here synchronises.
 """
 
 from __future__ import annotations
@@ -14,13 +12,13 @@ import contextlib
 import ctypes
 import importlib.metadata
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from core.errors import TransferError
-from transport.cuda_ipc_context import CudaContext
-from transport.cuda_ipc_device import Exported, Moment
-from transport.cuda_ipc_driver import (
+from transport.base import Memory
+from transport.cuda_context import CudaContext
+from transport.cuda_driver import (
     CONTROL_NODE,
     DEVICE_MEMORY,
     DEVICE_ORDINAL,
@@ -28,15 +26,15 @@ from transport.cuda_ipc_driver import (
     IS_IPC_CAPABLE,
     LIBRARY,
     MEMORY_TYPE,
-    NOT_READY,
     CudaDriver,
     IpcHandle,
 )
-from transport.cuda_ipc_kernel import NUM_THREADS, Batch, fill
-from transport.regions import Span
+from transport.cuda_lane import CudaLane, CudaMoment
+from transport.device import Exported, Moment
 
-_LAZY_PEER_ACCESS, _NON_BLOCKING, _NO_TIMING = 1, 1, 2
-DRAIN_TIMEOUT_S = 5.0
+_LAZY_PEER_ACCESS, _NO_TIMING = 1, 2
+_FOR_ALL_CONTEXTS, _MAPPED = 1, 2
+"""Flags of cuMemHostRegister."""
 
 
 def unavailable() -> str:
@@ -64,63 +62,16 @@ def why_unavailable(has_driver: bool, has_gpu: bool, torch: str) -> str:
     return ""
 
 
-class CudaMoment:
-    """An event that was recorded."""
+@dataclass
+class CudaMemory:
+    """Of the GPU; freed when the device is closed."""
 
-    def __init__(self, device: CudaDevice, event: ctypes.c_void_p) -> None:
-        self._device = device
-        self.event = event
-
-    def has_passed(self) -> bool:
-        code = self._device.driver.status("cuEventQuery", self.event)
-        if code not in (0, NOT_READY):
-            self._device.driver.refuse("cuEventQuery", code)
-        return code == 0
-
-    def release(self) -> None:
-        self._device.give_back(self.event)
-
-
-class CudaLane:
-    """A side stream."""
-
-    def __init__(self, device: CudaDevice, context: CudaContext) -> None:
-        self._device = device
-        self._context = context
-        self._batch = Batch()
-        self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self._batch))
-        self._stream = ctypes.c_void_p()
-        with context:
-            device.driver.call("cuStreamCreate", ctypes.byref(self._stream), _NON_BLOCKING)
-
-    def copy(
-        self, source: Span, source_ids: Sequence[int], target: Span, target_ids: Sequence[int], after: Moment
-    ) -> CudaMoment:
-        assert isinstance(after, CudaMoment)
-        driver, stream = self._device.driver, self._stream
-        with self._device.recording() as done, self._context:
-            driver.call("cuStreamWaitEvent", stream, after.event, 0)
-            for launch in fill(self._batch, source, source_ids, target, target_ids):
-                kernel = self._context.kernels[launch.unit]
-                shape = (launch.grid_x, launch.grid_y, 1, NUM_THREADS, 1, 1, 0)
-                driver.call("cuLaunchKernel", kernel, *shape, stream, self._arguments, None)
-            driver.call("cuEventRecord", done, stream)
-        return CudaMoment(self._device, done)
-
-    def close(self) -> None:
-        """Waits, bounded, for what a refused copy may have left behind: usually nothing."""
-        deadline_s = time.monotonic() + DRAIN_TIMEOUT_S
-        with contextlib.suppress(TransferError), self._context:
-            while self._device.driver.status("cuStreamQuery", self._stream) == NOT_READY:
-                if time.monotonic() > deadline_s:
-                    break
-                threading.Event().wait(0.001)
-            self._device.driver.call("cuStreamDestroy_v2", self._stream)
-        self._device.end_use()
+    address: int
+    num_bytes: int
 
 
 class CudaDevice:
-    """See transport/cuda_ipc_device.py. compute_stream: the stream that computes now; without it `mark` takes all that
+    """See transport/device.py. compute_stream: the stream that computes now; without it `mark` takes all that
     this process gave to the GPU. Raises ConfigError if CUDA cannot start here."""
 
     def __init__(self, compute_stream: Callable[[], int] | None = None, driver: CudaDriver | None = None) -> None:
@@ -131,10 +82,17 @@ class CudaDevice:
         self._lock = threading.Lock()
         self._num_uses = 0
         self._is_closed = False
+        self._allocated: list[int] = []
 
-    def allocate(self, num_bytes: int) -> None:
-        """The engine allocates by itself."""
-        return
+    def allocate(self, num_bytes: int) -> Memory | None:
+        """None before any region of GPU memory is registered: the engine allocates its KV cache by itself."""
+        if self._context is None:
+            return None
+        address = ctypes.c_uint64()
+        with self._context:
+            self.driver.call("cuMemAlloc_v2", ctypes.byref(address), num_bytes)
+        self._allocated.append(address.value)
+        return CudaMemory(address.value, num_bytes)
 
     def check(self, address: int, num_bytes: int) -> None:
         if self._attribute(MEMORY_TYPE, address) != DEVICE_MEMORY:
@@ -192,6 +150,38 @@ class CudaDevice:
                 raise TransferError("the driver is older than CUDA 12.5: update it, or say which stream computes")
         return CudaMoment(self, event)
 
+    def hold_up(self, moment: Moment) -> None:
+        assert isinstance(moment, CudaMoment)
+        if self._compute_stream is None:
+            raise TransferError("nobody said which stream computes, so none can be held up")
+        with self._bound():
+            self.driver.call("cuStreamWaitEvent", self._compute_stream(), moment.event, 0)
+
+    def pin(self, address: int, num_bytes: int) -> int:
+        result = ctypes.c_uint64()
+        with self._begin_use():
+            try:
+                self.driver.call("cuMemHostRegister_v2", address, num_bytes, _FOR_ALL_CONTEXTS | _MAPPED)
+            except TransferError as error:
+                self.end_use()
+                raise TransferError(
+                    f"{num_bytes} bytes of the host's memory cannot be pinned for the GPU: {error}"
+                ) from error
+            try:
+                self.driver.call("cuMemHostGetDevicePointer_v2", ctypes.byref(result), address, 0)
+            except TransferError:
+                self.unpin(address)
+                raise
+        return result.value
+
+    def unpin(self, address: int) -> None:
+        """A device that has failed unpins nothing more."""
+        context = self._context
+        assert context is not None, "unpin what was pinned"
+        with contextlib.suppress(TransferError), context:
+            self.driver.call("cuMemHostUnregister", address)
+        self.end_use()
+
     def lane(self) -> CudaLane:
         context = self._begin_use()
         try:
@@ -238,6 +228,8 @@ class CudaDevice:
                 return
             context, self._context = self._context, None
         with contextlib.suppress(TransferError), context:
+            for address in self._allocated:
+                self.driver.call("cuMemFree_v2", address)
             for event in self._spare:
                 self.driver.call("cuEventDestroy_v2", event)
         self._spare.clear()

@@ -1,6 +1,6 @@
-"""One GPU's CUDA context in this process, the one that torch uses, with the copy kernel loaded into it.
+"""One GPU's CUDA context in this process, the one that torch uses, with our kernels loaded into it.
 
-Memory model: the primary context is retained until `close`; so is the module with the kernel.
+Memory model: the primary context is retained until `close`; so is the module with the kernels.
 Threading: `with context:` makes it the calling thread's current one and puts back what was; nestable, any thread.
 """
 
@@ -12,8 +12,8 @@ import uuid
 from types import TracebackType
 
 from core.errors import TransferError
-from transport.cuda_ipc_driver import CudaDriver, Uuid
-from transport.cuda_ipc_kernel import PTX, UNITS, kernel_name
+from transport.cuda_driver import CudaDriver, Uuid
+from transport.cuda_kernels import PTX, SUM_KERNEL, UNITS, kernel_name
 
 
 class CudaContext:
@@ -28,7 +28,8 @@ class CudaContext:
         driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(self.handle), ordinal)
         with self:
             driver.call("cuModuleLoadData", ctypes.byref(self._module), PTX.read_bytes())
-            self.kernels = {unit: self._kernel(unit) for unit in UNITS}
+            self.copies = {unit: self._kernel(kernel_name(unit)) for unit in UNITS}
+            self.sum_words = self._kernel(SUM_KERNEL)
 
     def __enter__(self) -> CudaContext:
         self._driver.call("cuCtxPushCurrent_v2", self.handle)
@@ -38,7 +39,7 @@ class CudaContext:
         self._driver.status("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
     def close(self) -> None:
-        """Lets go of the kernel and of the context."""
+        """Lets go of the kernels and of the context."""
         with contextlib.suppress(TransferError), self:
             self._driver.call("cuModuleUnload", self._module)
         self._driver.status("cuDevicePrimaryCtxRelease_v2", self.ordinal)
@@ -57,10 +58,9 @@ class CudaContext:
                 "use another transport"
             )
 
-    def _kernel(self, unit: int) -> ctypes.c_void_p:
+    def _kernel(self, name: str) -> ctypes.c_void_p:
         function = ctypes.c_void_p()
-        name = kernel_name(unit).encode()
-        self._driver.call("cuModuleGetFunction", ctypes.byref(function), self._module, name)
+        self._driver.call("cuModuleGetFunction", ctypes.byref(function), self._module, name.encode())
         return function
 
 

@@ -15,18 +15,20 @@ from __future__ import annotations
 import collections
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from core.errors import TransferError
 from transport.copying import copy_pairs
-from transport.cuda_ipc_device import Exported, Moment
+from transport.device import Exported, Moment
+from transport.device_digest import words_sum
 from transport.mapping import Mapping, make_memfd, map_foreign
-from transport.regions import Span
+from transport.regions import Span, view
 
 DEVICE_NAME = "host memory"
 _POLL_S = 0.02
+_MASK = (1 << 64) - 1
 
 
 class _Handle(msgspec.Struct, frozen=True, array_like=True):
@@ -59,13 +61,34 @@ class HostMoment:
         return
 
 
+class HostTally:
+    """Added up by a lane's thread."""
+
+    def __init__(self, lane: HostLane) -> None:
+        self._lane = lane
+        self._total = 0
+        self._last: HostMoment | None = None
+
+    def add(self, span: Span, ids: Sequence[int], seed: int, after: Moment) -> None:
+        self._last = self._lane.run(lambda: self._add(span, ids, seed), after)
+
+    def value(self) -> int | None:
+        return self._total & _MASK if self._last is None or self._last.has_passed() else None
+
+    def release(self) -> None:
+        return
+
+    def _add(self, span: Span, ids: Sequence[int], seed: int) -> None:
+        for position, block_id in enumerate(ids):
+            self._total += words_sum(view(span.address(block_id), span.num_bytes), seed + position)
+
+
 class HostLane:
-    """Copies in the order in which they were asked for."""
+    """Does what it is asked for, in that order."""
 
     def __init__(self, device: HostDevice) -> None:
         self._device = device
-        self._work: collections.deque[tuple[HostMoment, tuple[Span, Sequence[int], Span, Sequence[int]], HostMoment]]
-        self._work = collections.deque()
+        self._work: collections.deque[tuple[HostMoment, Callable[[], None], HostMoment]] = collections.deque()
         self._stir = threading.Condition()
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="baton-host-lane", daemon=True)
@@ -74,12 +97,19 @@ class HostLane:
     def copy(
         self, source: Span, source_ids: Sequence[int], target: Span, target_ids: Sequence[int], after: Moment
     ) -> HostMoment:
+        return self.run(lambda: copy_pairs(source, source_ids, target, target_ids), after)
+
+    def tally(self) -> HostTally:
+        return HostTally(self)
+
+    def run(self, work: Callable[[], None], after: Moment) -> HostMoment:
+        """Does this once `after` has passed."""
         if self._device.why_failed:
             raise TransferError(self._device.why_failed)
         assert isinstance(after, HostMoment)
         done = HostMoment(self._device)
         with self._stir:
-            self._work.append((after, (source, source_ids, target, target_ids), done))
+            self._work.append((after, work, done))
             self._stir.notify()
         return done
 
@@ -95,16 +125,16 @@ class HostLane:
                 self._stir.wait_for(lambda: self._work or self._is_closed)
                 if self._is_closed:
                     return
-                after, pairs, done = self._work.popleft()
+                after, work, done = self._work.popleft()
             while not after.wait(_POLL_S):
                 if self._is_closed or self._device.why_failed:
                     return
-            copy_pairs(*pairs)
+            work()
             done.pass_on()
 
 
 class HostDevice:
-    """See transport/cuda_ipc_device.py. `hold` and `let_go` are the computation, `fail` is the device's end."""
+    """See transport/device.py. `hold` and `let_go` are the computation, `fail` is the device's end."""
 
     def __init__(self) -> None:
         self.why_failed = ""
@@ -167,6 +197,20 @@ class HostDevice:
             if self._held is not None:
                 self._held.append(moment)
         return moment
+
+    def hold_up(self, moment: Moment) -> None:
+        """The computation is the thread that calls."""
+        assert isinstance(moment, HostMoment)
+        while not moment.wait(_POLL_S):
+            if self.why_failed:
+                raise TransferError(self.why_failed)
+
+    def pin(self, address: int, num_bytes: int) -> int:
+        """It is where it is."""
+        return address
+
+    def unpin(self, address: int) -> None:
+        return
 
     def lane(self) -> HostLane:
         return HostLane(self)
