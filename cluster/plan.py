@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from cluster import cores
+from cluster import cores, gpus
 from cluster.cache import socket_path
 from cluster.options import ClusterOptions, Start
 from cluster.ports import LOOPBACK, WILDCARDS, Address, check_free, free_ports, is_loopback
@@ -16,7 +16,7 @@ from core.handoff import Role
 from core.topology import Topology
 from engine.build import Build, Device
 from engine.instance import ENV_VLLM_CORES, InstanceSpec, num_ranks
-from engine.preflight import check_arguments, check_device, check_memory, check_model, check_ranks
+from engine.preflight import check_arguments, check_memory, check_model, check_ranks, check_transport
 from kvcache.spec import CacheSpec
 from transport.keys import read_keys
 from transport.schemes import wanted_schemes
@@ -27,7 +27,8 @@ def instances(topology: Topology, options: ClusterOptions, proxy_url: str, build
     roles = [Role.PREFILL] * topology.num_prefill + [Role.DECODE] * topology.num_decode
     host = options.host if options.open_control else LOOPBACK
     ports = free_ports(len(roles), host)
-    shares = _cores([num_ranks(options.arguments(role)) for role in roles], build)
+    ranks = [num_ranks(options.arguments(role)) for role in roles]
+    shares, on = _cores(ranks, build), _gpus(ranks, build)
     specs = [
         InstanceSpec(
             name=f"{role.value}-{index if role is Role.PREFILL else index - topology.num_prefill}",
@@ -39,6 +40,8 @@ def instances(topology: Topology, options: ClusterOptions, proxy_url: str, build
             plain=topology.num_prefill == 0 and options.cache is None,
             transport=options.transport,
             cores=shares[index],
+            gpus=on[index].visible,
+            gpu_memory=on[index].memory_share,
             arguments=options.arguments(role),
             connector=options.connector_of(role),
             environment=options.environment,
@@ -81,11 +84,9 @@ def check(specs: list[InstanceSpec], build: Build, cache_bytes: int = 0) -> None
     """Everything that can be known before a start."""
     for spec in specs:
         spec.serve_arguments(build.device)
-        check_device(build.device, plain=spec.plain)
-        check_arguments(spec.arguments, plain=spec.plain)
+        check_transport(spec, build.device)
+        check_arguments(spec.arguments, build.device, plain=spec.plain)
         check_model(spec.model.path, plain=spec.plain)
-        if not spec.plain:
-            wanted_schemes(spec.transport)
         check_ranks(spec.model.path, num_ranks(spec.arguments))
     if build.device is Device.CPU:
         check_memory(specs, cache_bytes)
@@ -114,6 +115,10 @@ def start_of(options: ClusterOptions, build: Build) -> Start:
     if options.start is Start.FORK and build.device is not Device.CPU:
         raise ConfigError("instances on a GPU cannot be forked: use --start plain")
     return options.start or (Start.FORK if build.device is Device.CPU else Start.PLAIN)
+
+
+def _gpus(ranks: list[int], build: Build) -> list[gpus.Gpus]:
+    return gpus.shares_of_instances(gpus.present() if build.device is Device.GPU else [], ranks)
 
 
 def _cores(ranks: list[int], build: Build) -> list[tuple[int, ...]]:

@@ -11,13 +11,14 @@ Memory and threads: the engine's worker thread only. The transports' threads wri
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from core.clock import Clock
+from core.errors import TransferError
 from decode.land import Arm, Check, Drop, LandCommands, LandResults, Lost, Received
 from transport.base import Blocks, Landing, Region, Transport
-from transport.digest import add, blocks_digest, is_full
+from transport.digest import BlockSum, HostSum, is_full
 from transport.faultpoint import FaultPoint
 from transport.messages import Part
 from transport.regions import part_of
@@ -41,6 +42,7 @@ class _Source:
     landings: dict[str, Landing]
     part: Part | None = None
     has_notice: bool = False
+    digest: BlockSum | None = None
 
     def why_unknown(self) -> str:
         """Why its word cannot be checked; empty if it can."""
@@ -57,6 +59,7 @@ class _Landing:
     sources: list[_Source]
     check: Check | None = None
     check_since_s: float = 0.0
+    compared_since_s: float | None = None
     drop: Drop | None = None
     drop_since_s: float = 0.0
     fenced: bool = False
@@ -77,8 +80,10 @@ class Lander:
         clock: Clock,
         faults: FaultPoint,
         rank: int = 0,
+        begin_sum: Callable[[], BlockSum] = HostSum,
     ) -> None:
         self._rank = rank
+        self._begin_sum = begin_sum
         self._transports = transports
         self._regions = regions
         self._clock = clock
@@ -140,11 +145,15 @@ class Lander:
                 return self._lose(landing, why)
         if not all(self._has_notice(source, check) for source in landing.sources):
             return self._lose(landing, "the notice behind the data did not come") if is_overdue else False
-        begun_s = self._clock.monotonic_s()
+        if landing.compared_since_s is None:
+            landing.compared_since_s = self._clock.monotonic_s()
         for source in landing.sources:
-            if why := self._compare(landing, source, check):
-                return self._lose(landing, why)
-        self._receive(landing, self._clock.monotonic_s() - begun_s)
+            difference = self._compare(landing, source, check)
+            if difference is None:
+                return False
+            if difference:
+                return self._lose(landing, difference)
+        self._receive(landing, self._clock.monotonic_s() - landing.compared_since_s)
         return True
 
     def _has_notice(self, source: _Source, check: Check) -> bool:
@@ -172,8 +181,8 @@ class Lander:
             return False
         return self._clock.monotonic_s() - landing.drop_since_s > DEAD_PEER_GRACE_S
 
-    def _compare(self, landing: _Landing, source: _Source, check: Check) -> str:
-        """Why what arrived from one rank is not what was sent; empty if it is."""
+    def _compare(self, landing: _Landing, source: _Source, check: Check) -> str | None:
+        """Why what arrived from one rank is not what was sent; empty if it is, None if that is not known yet."""
         part, block_ids = source.part, landing.arm.block_ids
         assert part is not None
         expected = len(block_ids) * len(self._regions)
@@ -184,17 +193,24 @@ class Lander:
         if written is not None and written != expected:
             return f"received {written} of {expected} blocks"
         full = is_full(part.scheme, check.full_digest)
-        digest = arrived.digest()
-        if digest is None or not full:
-            digest = self._digest(block_ids, source.lane, full=full)
+        digest = arrived.digest() if full else None
+        if digest is None:
+            try:
+                digest = self._digest(source, block_ids, full=full)
+            except TransferError as error:
+                return str(error)
+            if digest is None:
+                return None
         return "" if digest == part.digest else "digest differs: a block is torn, misplaced or flipped"
 
-    def _digest(self, block_ids: list[int], lane: Lane, *, full: bool) -> int:
-        total = 0
-        for region in self._regions:
-            part = part_of(region, lane.receiver_start, lane.num_bytes)
-            total = add(total, blocks_digest(part, block_ids, 0, full=full))
-        return total
+    def _digest(self, source: _Source, block_ids: list[int], *, full: bool) -> int | None:
+        """Of what lies in our own blocks; None while a device adds it up."""
+        if source.digest is None:
+            source.digest = self._begin_sum()
+            for region in self._regions:
+                part = part_of(region, source.lane.receiver_start, source.lane.num_bytes)
+                source.digest.add(part, block_ids, 0, full=full)
+        return source.digest.value()
 
     def _receive(self, landing: _Landing, check_s: float) -> None:
         block_ids = landing.arm.block_ids
@@ -223,6 +239,9 @@ class Lander:
     def _close(self, landing: _Landing) -> None:
         for each in landing.all():
             each.close()
+        for source in landing.sources:
+            if source.digest is not None:
+                source.digest.release()
 
     def _fill(self, block_ids: list[int]) -> None:
         for region in self._regions:

@@ -1,8 +1,7 @@
-"""The engine's two ends of the KV cache: vLLM's requests on the scheduler's side, its memory on the worker's.
+"""The engine's end of the KV cache beside its scheduler: vLLM's requests. Beside its worker: engine/cache_worker.py.
 
 Names each full block of a request by its BlockKey, from vLLM's chained block hashes and everything they leave out.
-Threads: `CacheScheduler` belongs to the engine core's thread, `CacheWorker` to the worker's; the threads that talk to
-the server and copy loads are `kvcache/`'s own.
+Threads: the engine core's thread; the threads that talk to the server are `kvcache/`'s own.
 """
 
 from __future__ import annotations
@@ -21,23 +20,16 @@ from engine.identity import adapter_identity
 from engine.ranks import OfAllRanks
 from engine.settings import ConnectorSettings
 from kvcache import wire
-from kvcache.arena import Arena, Share, slot_bytes
-from kvcache.client import CacheClient, fetch_arena
-from kvcache.copiers import Copiers
+from kvcache.arena import slot_bytes
+from kvcache.client import CacheClient
 from kvcache.keys import BlockKey, block_key, join_keys, namespace, tenant_of
-from kvcache.loader import Loader
 from kvcache.orders import CacheOrders, CacheResults, Loaded
 from kvcache.pace import Pace
 from kvcache.partial import PartialBlocks, root_key
 from kvcache.prompt import KeyedPrompt
 from kvcache.reader import Reader
 from kvcache.shape import ELEMENT_BYTES, BlockShape
-from kvcache.step_loader import StepLoader
-from kvcache.storer import Storer
 from kvcache.writer import Writer
-from transport.base import Region
-from transport.bell import Ringer
-from transport.faultpoint import FaultPoint
 from transport.runs import heads_of
 
 HASHES = ("sha256", "sha256_cbor")
@@ -45,9 +37,6 @@ HASHES = ("sha256", "sha256_cbor")
 
 ANSWER_WAIT_S = 0.002
 """Of an idle engine, for an answer that takes a tenth of it; an empty step takes longer."""
-
-LOAD_WAIT_S = 0.003
-"""Of a worker in an empty step, for the end of a load: another such step takes the loading thread's core away."""
 
 
 def refuse_hash(algorithm: str) -> None:
@@ -236,68 +225,3 @@ class CacheScheduler:
             adapter = adapter_identity(path) if path else b""
             self._spaces[path] = namespace(self._identity, self._hash_algorithm, adapter)
         return self._spaces[path]
-
-
-class CacheWorker:
-    """Copies between this worker's blocks, which are one tensor-parallel rank's, and the arena."""
-
-    def __init__(
-        self, settings: ConnectorSettings, regions: Sequence[Region], faults: FaultPoint, share: Share
-    ) -> None:
-        clock = SystemClock()
-        path, name = settings.cache, settings.name
-        arena = Arena(regions, lambda: fetch_arena(path, name), share)
-        self._bell = ""
-        self._ringer = Ringer()
-        self._copiers = Copiers()
-        self._loader = Loader(arena, self._copiers, clock, faults, lambda: self._ringer.ring(self._bell))
-        self._step_loader = StepLoader(arena, len(regions), self._copiers, clock, faults)
-        self._storer = Storer(arena, len(regions), clock, faults)
-        self._computes = False
-        self._loader.prepare("")
-
-    def begin(self, orders: CacheOrders, bell: str) -> None:
-        """Before the forward pass. bell: to be rung when a load has ended."""
-        self._computes = False
-        self._bell = bell
-        self._step_loader.order([load for load in orders.loads if load.in_step])
-        for load in orders.loads:
-            if not load.in_step:
-                self._loader.start(load)
-        for store in self._storer.begin_step(orders.stores):
-            self._loader.prepare(store.arena_id)
-
-    def spoil(self) -> None:
-        """Nobody knows who computes in this step with blocks that nobody loads: nothing of it is stored."""
-        self._storer.spoil()
-
-    def load_in_step(self) -> None:
-        """Right before the forward pass, of a step that has loads of its own."""
-        self._step_loader.begin()
-
-    def wait_for(self, layer: int) -> None:
-        """Right before one layer's attention."""
-        self._step_loader.wait_for(layer)
-
-    def layer_done(self, layer: int) -> None:
-        """Right after one layer of the forward pass."""
-        self._computes = True
-        self._storer.save_layer(layer)
-
-    def end(self) -> CacheResults:
-        """After the forward pass."""
-        in_step = self._step_loader.end()
-        self._storer.spoil({loaded.request_id for loaded in in_step if loaded.why})
-        results = CacheResults(loaded=in_step + self._loader.ended(0.0 if self._computes else LOAD_WAIT_S))
-        self._storer.end_step(results)
-        return results
-
-    def num_running(self) -> int:
-        """Loads whose end rings the bell."""
-        return self._loader.num_running()
-
-    def close(self) -> None:
-        """Ends the threads."""
-        self._loader.close()
-        self._copiers.close()
-        self._ringer.close()

@@ -19,6 +19,7 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole, SupportsHMA
 
 from engine import internals
+from engine.devices import device_of, is_on_device, refuse_on_device
 from engine.layout import layout_of, refuse_unsupported
 from engine.scheduler_hooks import SchedulerHooks
 from engine.scheduler_side import Pool, SchedulerSide
@@ -37,16 +38,24 @@ class BatonConnector(WorkerHooks, SchedulerHooks, SupportsHMA):
         internals.check()
         refuse_unsupported(vllm_config, kv_cache_config)
         settings = ConnectorSettings.parse(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        refuse_on_device(vllm_config, settings)
         layout = layout_of(vllm_config, kv_cache_config)
+        self._num_blocks = kv_cache_config.num_blocks
         num_ranks = vllm_config.parallel_config.tensor_parallel_size
         if role is KVConnectorRole.SCHEDULER:
             algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)
             in_lockstep = not vllm_config.scheduler_config.async_scheduling
-            pool = Pool(kv_cache_config.num_blocks, num_ranks, in_lockstep)
+            loads_in_step = in_lockstep and not is_on_device(vllm_config, settings)
+            pool = Pool(kv_cache_config.num_blocks, num_ranks, loads_in_step)
             self._scheduler = SchedulerSide(settings, layout, pool, algorithm)
         else:
             share = Share(internals.tensor_parallel_rank(), num_ranks)
-            self._worker = WorkerSide(settings, layout, share, vllm_config.device_config.device_type)
+            self._worker = WorkerSide(settings, layout, share, device_of(vllm_config, settings))
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """The hooks of a layer are Python, which no CUDA graph would call again: attention stays outside."""
+        return True
 
     def shutdown(self) -> None:
         """The instance stops."""

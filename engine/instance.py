@@ -23,6 +23,7 @@ DRAIN_TIMEOUT_S = 2
 ENV_DIE_WITH_PARENT = "BATON_DIE_WITH_PARENT"
 ENV_ENGINE_CORES = "BATON_ENGINE_CORES"
 ENV_VLLM_CORES = "VLLM_CPU_OMP_THREADS_BIND"
+ENV_VISIBLE = "CUDA_VISIBLE_DEVICES"
 ENV_NO_COMPILE = "TORCH_COMPILE_DISABLE"
 TENSOR_PARALLEL = ("--tensor-parallel-size", "-tp")
 
@@ -44,6 +45,8 @@ class InstanceSpec(msgspec.Struct, frozen=True):
 
     join: the proxy's address. plain: a vLLM without a connector, which can neither send nor receive.
     cores: the cores its engine computes on; empty: wherever the system puts it.
+    gpus: those that it sees, its own first; empty: those that CUDA shows. gpu_memory: the share of a GPU's memory that
+    it takes; 0: vLLM's default.
     arguments: for `vllm serve`, as the user gave them.
     connector: further options of the connector (engine/settings.py).
     environment: further environment variables.
@@ -58,6 +61,8 @@ class InstanceSpec(msgspec.Struct, frozen=True):
     plain: bool = False
     transport: str = "auto"
     cores: tuple[int, ...] = ()
+    gpus: tuple[str, ...] = ()
+    gpu_memory: float = 0.0
     arguments: tuple[str, ...] = ()
     connector: dict[str, Any] = {}
     environment: dict[str, str] = {}
@@ -90,9 +95,19 @@ class InstanceSpec(msgspec.Struct, frozen=True):
                 result += ["--enforce-eager"]
             if not given.has("--kv-cache-memory-bytes", "--num-gpu-blocks-override"):
                 result += ["--kv-cache-memory-bytes", str(self.model.kv_cache_bytes)]
+        else:
+            result += self._arguments_on_gpu(given)
         if not self.plain:
             result += ["--kv-transfer-config", self.kv_transfer_config()]
         return [*result, *self.arguments]
+
+    def _arguments_on_gpu(self, given: Arguments) -> list[str]:
+        result = []
+        if self.gpu_memory and not given.has("--gpu-memory-utilization", "--kv-cache-memory-bytes"):
+            result += ["--gpu-memory-utilization", str(self.gpu_memory)]
+        if not self.plain and not given.has("--no-async-scheduling"):
+            result += ["--no-async-scheduling"]  # engine/devices.py says why
+        return result
 
     def kv_transfer_config(self) -> str:
         """The JSON that makes vLLM load Baton's connector; the same line that one writes by hand."""
@@ -117,6 +132,8 @@ class InstanceSpec(msgspec.Struct, frozen=True):
         result[ENV_DIE_WITH_PARENT] = "1"
         if device is Device.CPU:
             result |= self._variables_of_cpu()
+        elif self.gpus:
+            result[ENV_VISIBLE] = ",".join(self.gpus)
         return result | self.environment
 
     def _variables_of_cpu(self) -> dict[str, str]:

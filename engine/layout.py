@@ -79,15 +79,34 @@ def _num_heads_of_all(model: Any, of_rank: int, num_ranks: int) -> int:
     return total
 
 
-def regions_of(kv_caches: dict[str, torch.Tensor]) -> list[Region]:
-    """One region per layer, in layer order. Raises UnsupportedError if a block of a layer is not contiguous."""
+def regions_of(kv_caches: dict[str, torch.Tensor], num_blocks: int) -> list[Region]:
+    """One region per layer, in layer order. num_blocks: that the scheduler counts. Raises UnsupportedError if a block
+    of a layer is not one piece of memory."""
     regions = []
     for index, (name, cache) in enumerate(kv_caches.items()):
+        if cache.shape[0] != num_blocks:
+            raise UnsupportedError(
+                f"the KV cache of layer {name} is an array of {cache.shape[0]}, not of the scheduler's {num_blocks} "
+                "blocks: give --block-size what the attention back end computes with, or choose another back end"
+            )
         block = cache[0]
         block_bytes = block.numel() * block.element_size()
-        if not block.is_contiguous():
+        if not is_one_piece(block):
             raise UnsupportedError(f"the KV cache of layer {name} is not laid out block by block")
         stride = cache.stride(0) * cache.element_size()
         device = cache.device.index if cache.device.type == "cuda" else None
-        regions.append(Region(index, cache.data_ptr(), block_bytes, stride, cache.shape[0], device))
+        regions.append(Region(index, cache.data_ptr(), block_bytes, stride, num_blocks, device))
     return regions
+
+
+def is_one_piece(block: torch.Tensor) -> bool:
+    """Whether a tensor fills the memory between its first and last element, in whatever order of its dimensions: back
+    ends of GPUs show blocks as heads by tokens, and some keep them as tokens by heads."""
+    expected = 1
+    for stride, size in sorted(
+        (stride, size) for stride, size in zip(block.stride(), block.shape, strict=True) if size > 1
+    ):
+        if stride != expected:
+            return False
+        expected *= size
+    return True

@@ -17,6 +17,8 @@ from core.errors import ConfigError, UnsupportedError
 from engine.arguments import Arguments
 from engine.build import Device
 from engine.instance import TENSOR_PARALLEL, InstanceSpec, num_ranks
+from transport.device_schemes import refuse_off_device
+from transport.schemes import wanted_schemes
 
 INSTANCE_OVERHEAD_BYTES = 600 << 20
 _UNQUANTISED = ("auto", "bfloat16", "float16", "float32", "half", "float")
@@ -39,19 +41,24 @@ _OPTIONAL_WINDOW = re.compile(r"qwen2|qwen3", re.IGNORECASE)
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def check_device(device: Device, *, plain: bool) -> None:
-    """Raises UnsupportedError for a hand-off on a device where it was never tested."""
-    if device is not Device.CPU and not plain:
-        raise UnsupportedError(
-            "handing KV caches over between GPUs is not supported yet; plain instances are: baton serve 0P1D"
-        )
+def check_transport(spec: InstanceSpec, device: Device) -> None:
+    """Raises ConfigError for a transport that cannot run here, or that moves no blocks of this device's memory."""
+    if spec.plain:
+        return
+    is_pretended = bool(spec.connector.get("device"))  # for tests: engine/devices.py
+    if is_pretended or device is Device.GPU:
+        refuse_off_device(spec.transport)
+    if not is_pretended:
+        wanted_schemes(spec.transport)
 
 
-def check_arguments(arguments: Sequence[str], *, plain: bool) -> None:
+def check_arguments(arguments: Sequence[str], device: Device = Device.CPU, *, plain: bool) -> None:
     """Raises UnsupportedError naming the first argument that no test covers."""
     if plain:
         return
     given = Arguments(arguments)
+    if device is Device.GPU and given.has("--async-scheduling"):
+        raise UnsupportedError("--async-scheduling is not supported on a GPU: leave it out")
     for name, options in _PARALLEL.items():
         size = given.value(*options)
         if size is not None and size != "1":

@@ -50,12 +50,13 @@ _log = init_logger("vllm.baton")
 
 @dataclass(frozen=True)
 class Pool:
-    """The engine's KV cache: blocks, and tensor-parallel ranks that keep each of them, heads apart. in_lockstep: a
-    step is scheduled when all is known of the one before."""
+    """The engine's KV cache: blocks, and tensor-parallel ranks that keep each of them, heads apart. loads_in_step:
+    whether a step may wait for what it loads itself: it is scheduled when all is known of the one before, and the
+    processor does the loading."""
 
     num_blocks: int
     num_ranks: int
-    in_lockstep: bool = True
+    loads_in_step: bool = True
 
 
 class SchedulerSide:
@@ -130,7 +131,7 @@ class SchedulerSide:
     def watch_pool(self, free_blocks: Callable[[], int], evict: Callable[[set[int]], None]) -> None:
         """How to ask the engine's block pool for its free blocks, and to make its prefix cache forget some."""
         self._free_blocks = free_blocks
-        if self._pool.in_lockstep:
+        if self._pool.loads_in_step:
             self._trials.watch(evict)
 
     def close(self) -> None:

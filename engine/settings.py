@@ -26,6 +26,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     keys: path of the cluster's key file (`baton keys`): what leaves this host is encrypted, and only who has the same
         keys is spoken to; empty: nothing is encrypted.
     fault, faulty: for tests of recovery, see transport/faultpoint.py and transport/faulty.py (for all, or by scheme).
+    device: for tests without a GPU, see engine/devices.py.
     """
 
     name: str = "baton"
@@ -42,6 +43,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     faulty: dict[str, Any] = {}
     cache: str = ""
     keys: str = ""
+    device: str = ""
 
     @classmethod
     def parse(cls, options: dict[str, Any]) -> ConnectorSettings:

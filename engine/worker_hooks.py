@@ -27,6 +27,7 @@ class WorkerHooks(KVConnectorBase_V1):
     """Does nothing beside the scheduler, where there is no worker."""
 
     _worker: WorkerSide | None = None
+    _num_blocks = 0
     _results: StepResults | None = None
 
     def get_mem_pool_context(self) -> AbstractContextManager[Any] | None:
@@ -36,7 +37,7 @@ class WorkerHooks(KVConnectorBase_V1):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """The KV cache exists."""
         if self._worker is not None:
-            self._worker.register(kv_caches)
+            self._worker.register(kv_caches, self._num_blocks)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         """What the scheduler's side must know of the worker's memory."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 
 from core.clock import SystemClock
-from core.errors import UnsupportedError
 from core.layout import KVLayout
 from decode.lander import Lander
 from engine.arrivals import Arrivals, Part
-from engine.cache_side import CacheWorker
+from engine.cache_worker import CacheWorker
 from engine.layout import regions_of
 from engine.memory import CacheMemory
 from engine.settings import ConnectorSettings
@@ -18,9 +17,14 @@ from kvcache.arena import Share
 from kvcache.orders import CacheResults
 from prefill.connections import Connections
 from prefill.prober import Prober
-from prefill.pusher import Pusher
+from prefill.pusher import PagedCache, Pusher
 from transport import native
 from transport.base import Memory, Transport
+from transport.cuda_device import CudaDevice
+from transport.device import Device
+from transport.device_digest import DeviceDigests
+from transport.device_schemes import device_transports
+from transport.digest import HostSum
 from transport.door import Door
 from transport.faultpoint import FaultPoint
 from transport.faulty import FaultyTransport, faults_of
@@ -31,25 +35,20 @@ from transport.scratch import Scratch, ScratchLandings
 
 class WorkerSide:
     """One worker's memory, transports, pushes and landings. Lives in the worker's thread. `share`: which of the
-    tensor-parallel ranks it is."""
+    tensor-parallel ranks it is. device: in whose memory its KV cache lies; None: the host's."""
 
-    def __init__(self, settings: ConnectorSettings, layout: KVLayout, share: Share, device: str) -> None:
-        if device != "cpu":
-            raise UnsupportedError(
-                f"hand-off of KV caches on {device} is not supported yet; on a GPU run plain instances (0PyD)"
-            )
+    def __init__(
+        self, settings: ConnectorSettings, layout: KVLayout, share: Share, device: Device | None = None
+    ) -> None:
         self._settings = settings
-        self._block_size = layout.block_size
+        self._layout = layout
         self._share = share
+        self._device = device
+        self._digests = DeviceDigests(device) if device is not None else None
         self._clock = SystemClock()
         self._memory: CacheMemory | None = None
         self._layers: dict[str, int] = {}
-        self._transports: dict[str, Transport] = {}
-        keys = settings.read_keys()
-        for scheme in wanted_schemes(settings.transport, has_keys=keys is not None):
-            transport = make_transport(scheme, settings.host, keys, settings.transport_options)
-            faults = faults_of(settings.faulty, scheme)
-            self._transports[scheme] = GuardedTransport(FaultyTransport(transport, faults) if faults else transport)
+        self._transports = {scheme: _guarded(each, settings) for scheme, each in _transports(settings, device).items()}
         self._connections = Connections(self._transports, self._clock)
         self._door = Door()
         self._scratch: Scratch | None = None
@@ -61,26 +60,30 @@ class WorkerSide:
         self._on_trial: dict[str, set[int]] = {}
         self._unloaded: set[int] = set()
 
-    def memory_context(self) -> CacheMemory:
-        """The context in which vLLM allocates its KV cache."""
+    def memory_context(self) -> CacheMemory | None:
+        """The context in which vLLM allocates its KV cache; None where it takes it from a GPU."""
+        if isinstance(self._device, CudaDevice):
+            return None
         self._memory = CacheMemory(self._allocate)
         return self._memory
 
-    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+    def register(self, kv_caches: dict[str, torch.Tensor], num_blocks: int) -> None:
         """The KV cache exists: make it known to every transport."""
-        regions = regions_of(kv_caches)
-        native.prepare(sum(region.num_blocks * region.stride for region in regions))
+        regions = regions_of(kv_caches, num_blocks)
+        if self._device is None:
+            native.prepare(sum(region.num_blocks * region.stride for region in regions))
         self._layers = {name: index for index, name in enumerate(kv_caches)}
         for transport in self._transports.values():
             for region in regions:
                 transport.register(region)
-        self._scratch = Scratch(self._transports)
+        self._scratch = Scratch(self._transports, regions[0].device)
         self._prober = Prober(self._connections, ScratchLandings(self._transports), self._door, self._clock)
-        faults = FaultPoint(self._settings.fault)
-        self._pusher = Pusher(self._connections, regions, self._block_size, self._clock, faults, self._share.rank)
-        self._lander = Lander(self._transports, regions, self._clock, faults, self._share.rank)
+        faults, begin_sum = FaultPoint(self._settings.fault), HostSum if self._digests is None else self._digests.begin
+        cache = PagedCache(regions, self._layout.block_size, begin_sum)
+        self._pusher = Pusher(self._connections, cache, self._clock, faults, self._share.rank)
+        self._lander = Lander(self._transports, regions, self._clock, faults, self._share.rank, begin_sum)
         if self._settings.cache:
-            self._cache = CacheWorker(self._settings, regions, faults, self._share)
+            self._cache = CacheWorker(self._settings, regions, faults, self._share, self._device)
 
     def handshake(self) -> Handshake:
         """What the scheduler's side offers to peers."""
@@ -161,6 +164,8 @@ class WorkerSide:
             self._pusher.close()
         if self._prober is not None:
             self._prober.close()
+        if self._digests is not None:
+            self._digests.close()
         for transport in self._transports.values():
             transport.close()
 
@@ -170,3 +175,19 @@ class WorkerSide:
             if memory is not None:
                 return memory
         return None
+
+
+def _transports(settings: ConnectorSettings, device: Device | None) -> dict[str, Transport]:
+    """What this worker offers, best first. Raises ConfigError for what cannot run here."""
+    keys = settings.read_keys()
+    if device is not None:
+        return device_transports(settings.transport, device, settings.host, keys, settings.transport_options)
+    return {
+        scheme: make_transport(scheme, settings.host, keys, settings.transport_options)
+        for scheme in wanted_schemes(settings.transport, has_keys=keys is not None)
+    }
+
+
+def _guarded(transport: Transport, settings: ConnectorSettings) -> GuardedTransport:
+    faults = faults_of(settings.faulty, transport.scheme)
+    return GuardedTransport(FaultyTransport(transport, faults) if faults else transport)

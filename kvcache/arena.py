@@ -11,7 +11,8 @@ copies its own part; for the digest rank r's layer l is layer r * L + l. A rank 
 must be the one in the slot's table, and the table must add up to the digest of the whole block.
 
 Memory model: a mapping holds the arena's memory, also after its server and every other process have gone. Slots are raw
-addresses: each is checked against the arena's size.
+addresses: each is checked against the arena's size. Where an engine's blocks lie in a GPU's memory the mapping is
+pinned, and the GPU copies (kvcache/device_copies.py).
 Threading: `map` waits for the server and for pages, so the loading thread calls it; `get` and the copies are for any
 thread. Copies and digests run outside the interpreter lock.
 """
@@ -21,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import logging
 import os
 import struct
 from collections.abc import Callable, Sequence
@@ -30,12 +32,16 @@ import xxhash
 
 from core.errors import TransferError
 from kvcache.keys import BlockKey
+from kvcache.pinned import Pinned
+from kvcache.ranges import ALIGNMENT
 from transport.base import Region
+from transport.device import Device
 from transport.mapping import Mapping, map_foreign
-from transport.regions import view
+from transport.regions import Span, view
 
 _MASK = (1 << 64) - 1
 _ENTRY = struct.Struct("<Q")
+_log = logging.getLogger(__name__)
 
 
 class Share(NamedTuple):
@@ -60,8 +66,12 @@ class MappedArena:
     Hold it while copying: the memory is unmapped with the last reference.
     """
 
-    def __init__(self, mapping: Mapping, regions: Sequence[Region], share: Share = WHOLE) -> None:
+    def __init__(
+        self, mapping: Mapping, regions: Sequence[Region], share: Share = WHOLE, pinned: Pinned | None = None
+    ) -> None:
+        """pinned: the mapping, where the regions lie in a device's memory."""
         self._mapping = mapping
+        self._pinned = pinned
         self._regions = regions
         self._share = share
         self._layer_offsets = list(itertools.accumulate((r.block_bytes for r in regions), initial=0))
@@ -114,6 +124,29 @@ class MappedArena:
         ctypes.memmove(target, self._part_at(offset) + self._layer_offsets[layer], region.block_bytes)
         return xxhash.xxh3_64_intdigest(view(target, region.block_bytes), seed=self._first_seed + layer)
 
+    def slots(self, layer: int) -> Span:
+        """Where one layer of this rank's part lies in every slot, as the device sees the pinned memory. Slots may begin
+        at every multiple of ALIGNMENT: the block ids are those of `slot_id`."""
+        assert self._pinned is not None, "no device copies from memory that is not pinned"
+        num_slots = self._mapping.num_bytes // ALIGNMENT
+        places = Region(layer, self._pinned.address, ALIGNMENT, ALIGNMENT, num_slots)
+        start = self._share.rank * self.part_bytes + self._layer_offsets[layer]
+        return Span(places, start, self._regions[layer].block_bytes)
+
+    def slot_id(self, offset: int) -> int:
+        """Of a slot, for `slots`. Raises TransferError for one outside the arena, or that begins elsewhere."""
+        self._at(offset)
+        number, rest = divmod(offset, ALIGNMENT)
+        if rest:
+            raise TransferError(f"a block at {offset} does not begin at a multiple of {ALIGNMENT}")
+        return number
+
+    def summand_in_slot(self, layer: int, offset: int) -> int:
+        """The summand of the digest of one layer as it lies in a slot. Raises TransferError for a slot outside the
+        arena."""
+        at = self._part_at(offset) + self._layer_offsets[layer]
+        return xxhash.xxh3_64_intdigest(view(at, self._regions[layer].block_bytes), seed=self._first_seed + layer)
+
     def is_sound(self, offset: int, digest: int, total: int) -> bool:
         """Whether this rank's part of a slot, whose summands add up to `total` (first_summand among them), is of the
         block with this digest. Raises TransferError for a slot outside the arena."""
@@ -121,6 +154,11 @@ class MappedArena:
             return total & _MASK == digest
         parts = [part for (part,) in _ENTRY.iter_unpack(self._table(offset))]
         return bool(parts[self._share.rank] == total & _MASK and sum(parts) & _MASK == digest)
+
+    def close(self) -> None:
+        """Lets go of the device. Nothing is being copied."""
+        if self._pinned is not None:
+            self._pinned.unpin()
 
     def _part_at(self, offset: int) -> int:
         return self._at(offset) + self._share.rank * self.part_bytes
@@ -136,14 +174,21 @@ class MappedArena:
 
 
 class Arena:
-    """The arena that is served now. `fetch` gives its (descriptor, size, id) and may wait (client.fetch_arena)."""
+    """The arena that is served now. `fetch` gives its (descriptor, size, id) and may wait (client.fetch_arena).
+    device: in whose memory the regions lie; None: in the host's."""
 
     def __init__(
-        self, regions: Sequence[Region], fetch: Callable[[], tuple[int, int, str]], share: Share = WHOLE
+        self,
+        regions: Sequence[Region],
+        fetch: Callable[[], tuple[int, int, str]],
+        share: Share = WHOLE,
+        device: Device | None = None,
     ) -> None:
         self._regions = regions
         self._fetch = fetch
         self._share = share
+        self._device = device
+        self._refused = "", ""
         self._current: tuple[str, MappedArena] | None = None
 
     def get(self, arena_id: str) -> MappedArena | None:
@@ -153,10 +198,12 @@ class Arena:
 
     def map(self, arena_id: str = "") -> MappedArena:
         """The arena of this id (of any, if empty), mapped now if it was not. Raises TransferError if another one is
-        served, or none."""
+        served, or none, or if it cannot be pinned."""
         known = self.get(arena_id)
         if known is not None:
             return known
+        if arena_id and arena_id == self._refused[0]:
+            raise TransferError(self._refused[1])
         fd, num_bytes, served = self._fetch()
         try:
             if arena_id and served != arena_id:
@@ -164,10 +211,29 @@ class Arena:
             mapping = map_foreign(fd, num_bytes)
         finally:
             os.close(fd)
+        if self._device is not None:
+            return self._pin(served, mapping, self._device)
         mapped = MappedArena(mapping, self._regions, self._share)
         self._current = served, mapped
         with contextlib.suppress(TransferError):  # where memory is short, pages come when they are touched
             mapping.populate()
+        return mapped
+
+    def close(self) -> None:
+        """Nothing is being copied any more."""
+        current, self._current = self._current, None
+        if current is not None:
+            current[1].close()
+
+    def _pin(self, served: str, mapping: Mapping, device: Device) -> MappedArena:
+        """Tried once for each arena: it takes long, and does not become possible by waiting."""
+        try:
+            mapped = MappedArena(mapping, self._regions, self._share, Pinned(device, mapping))
+        except TransferError as error:
+            self._refused = served, str(error)
+            _log.warning("the KV cache of this host cannot be used: %s", error)
+            raise
+        self._current = served, mapped
         return mapped
 
 

@@ -6,7 +6,8 @@
 Every store is of one step: its blocks are final when the step's layer has run, and cannot be reused before the step
 ends. A copy that fails gives the block up.
 
-Memory and threads: the engine's worker thread only; each copy has ended when its call returns.
+Memory and threads: the engine's worker thread only; whoever copies (kvcache/copies.py), nothing is being copied any
+more when a step has ended.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from collections.abc import Container
 
 from core.clock import Clock
 from core.errors import TransferError
-from kvcache.arena import Arena, MappedArena, add
+from kvcache.arena import Arena, MappedArena
+from kvcache.copies import Writes, Writing
+from kvcache.host_copies import HostWrites
 from kvcache.orders import CacheResults, Store, Stored
 from kvcache.wire import Written
 from transport.faultpoint import FaultPoint
@@ -26,10 +29,11 @@ _TOO_LATE = "the reservation's deadline has passed"
 class _Job:
     """One step's store of one request."""
 
-    def __init__(self, store: Store, arena: MappedArena, num_layers: int) -> None:
+    def __init__(self, store: Store, arena: MappedArena, writing: Writing, num_layers: int) -> None:
         self.store = store
         self.arena = arena
-        self.digests = [arena.first_summand(piece.key) for piece in store.pieces]
+        self.writing = writing
+        self.digests: list[int] = []
         self.missing = set(range(num_layers))
         self.why_failed = ""
 
@@ -37,8 +41,12 @@ class _Job:
 class Storer:
     """All stores of one worker."""
 
-    def __init__(self, arena: Arena, num_layers: int, clock: Clock, faults: FaultPoint) -> None:
+    def __init__(
+        self, arena: Arena, num_layers: int, clock: Clock, faults: FaultPoint, writes: Writes | None = None
+    ) -> None:
+        """writes: None: by the processor."""
         self._arena = arena
+        self._writes = writes or HostWrites()
         self._num_layers = num_layers
         self._clock = clock
         self._faults = faults
@@ -56,7 +64,7 @@ class Storer:
                 self._given_up.append(_give_up(store))
                 unmapped.append(store)
             else:
-                self._jobs.append(_Job(store, arena, self._num_layers))
+                self._begin(store, arena)
         return unmapped
 
     def save_layer(self, layer: int) -> None:
@@ -85,21 +93,38 @@ class Storer:
         results.store_bytes, results.store_seconds = self._num_bytes, self._seconds
         self._num_bytes, self._seconds = 0, 0.0
 
+    def close(self) -> None:
+        """After the last step."""
+        self._writes.close()
+
+    def _begin(self, store: Store, arena: MappedArena) -> None:
+        try:
+            writing = self._writes.begin(arena, store.pieces)
+        except TransferError:
+            self._given_up.append(_give_up(store))
+        else:
+            self._jobs.append(_Job(store, arena, writing, self._num_layers))
+
     def _copy(self, job: _Job, layer: int) -> None:
         begun_s = self._clock.monotonic_s()
         if begun_s > job.store.deadline_s:
             job.why_failed = _TOO_LATE
             return
         try:
-            for index, piece in enumerate(job.store.pieces):
-                summand = job.arena.write_layer(layer, piece.block_id, piece.offset)
-                job.digests[index] = add(job.digests[index], summand)
+            job.writing.copy(layer)
         except TransferError as error:
             job.why_failed = str(error)
         job.missing.discard(layer)
         self._seconds += self._clock.monotonic_s() - begun_s
 
     def _seal(self, job: _Job) -> None:
+        """Waits until nothing is being copied any more, also of a job that has failed."""
+        begun_s = self._clock.monotonic_s()
+        try:
+            job.digests = job.writing.end()
+        except TransferError as error:
+            job.why_failed = job.why_failed or str(error)
+        self._seconds += self._clock.monotonic_s() - begun_s
         if self._clock.monotonic_s() > job.store.deadline_s:
             job.why_failed = job.why_failed or _TOO_LATE
         if not job.why_failed:

@@ -16,7 +16,7 @@ the failed one any more: the receiver has a landing for each, and both would wri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from core.clock import Clock
@@ -25,7 +25,7 @@ from prefill.connections import Connections
 from prefill.peer_paths import Way
 from prefill.push import PushChunk, PushCommands, Pushed, PushFailed, PushResults, PushTarget, Quiet
 from transport.base import Blocks, Region, Transfer, TransferState
-from transport.digest import add, blocks_digest, is_full
+from transport.digest import BlockSum, HostSum, is_full
 from transport.faultpoint import FaultPoint
 from transport.regions import part_of
 
@@ -37,8 +37,8 @@ class _Push:
     chunk: PushChunk
     way: Way
     cursors: list[int]
+    digest: BlockSum
     transfers: list[Transfer] = field(default_factory=list)
-    digest: int = 0
     num_pairs: int = 0
     num_bytes: int = 0
     moving_unix_s: float = 0.0
@@ -64,32 +64,38 @@ class _Push:
     def is_complete(self) -> bool:
         return min(self.cursors) >= self.end_block
 
-    def begin_again(self, way: Way) -> None:
+    def begin_again(self, way: Way, digest: BlockSum) -> None:
         """From the first block, over another way; nothing of it is running."""
+        self.digest.release()
         self.failed_schemes.append(self.way.scheme)
         self.why_rerouted = f"{self.way.scheme} failed: {self.why_failed}"
         self.way, self.why_failed, self.stopped = way, "", False
         self.cursors = [self.target.first_block] * len(self.cursors)
-        self.digest = self.num_pairs = self.num_bytes = 0
+        self.digest, self.num_pairs, self.num_bytes = digest, 0, 0
+
+
+@dataclass(frozen=True)
+class PagedCache:
+    """One worker's KV cache: regions, one per layer in layer order, of blocks of `block_size` tokens. begin_sum: how
+    digests of its blocks are added up."""
+
+    regions: Sequence[Region]
+    block_size: int
+    begin_sum: Callable[[], BlockSum] = HostSum
 
 
 class Pusher:
     """Pushes every hand-off of this worker, which is one tensor-parallel rank, to each receiving rank that wants heads
-    of it. `regions` are its KV cache, one per layer in layer order."""
+    of it."""
 
     def __init__(
-        self,
-        connections: Connections,
-        regions: Sequence[Region],
-        block_size: int,
-        clock: Clock,
-        faults: FaultPoint,
-        rank: int = 0,
+        self, connections: Connections, cache: PagedCache, clock: Clock, faults: FaultPoint, rank: int = 0
     ) -> None:
         self._rank = rank
+        self._begin_sum = cache.begin_sum
         self._connections = connections
-        self._regions = regions
-        self._block_size = block_size
+        self._regions = cache.regions
+        self._block_size = cache.block_size
         self._clock = clock
         self._faults = faults
         self._pushes: dict[tuple[str, int], _Push] = {}
@@ -138,13 +144,14 @@ class Pusher:
         return results
 
     def num_in_flight(self) -> int:
-        """Hand-offs with a write in flight: the engine should come back soon."""
-        return sum(1 for push in self._pushes.values() if push.transfers)
+        """Hand-offs whose end comes without a message: the engine should come back soon."""
+        return sum(1 for push in self._pushes.values() if push.transfers or push.is_complete())
 
     def close(self) -> None:
         """Closes every endpoint: after this, nothing of this worker writes anywhere."""
         self._connections.close()
-        self._pushes.clear()
+        for key in list(self._pushes):
+            self._forget(key)
 
     def _open(self, chunk: PushChunk) -> bool:
         push = self._pushes.get(chunk.key)
@@ -154,10 +161,11 @@ class Pusher:
         target = chunk.target
         try:
             way = self._connections.pick(target.decode, target.schemes, rank=target.lane.receiver)
+            digest = self._begin_sum()
         except TransferError as error:
             self._results.failed.append(PushFailed(chunk.handoff, str(error)))
             return False
-        self._pushes[chunk.key] = _Push(chunk, way, [target.first_block] * len(self._regions))
+        self._pushes[chunk.key] = _Push(chunk, way, [target.first_block] * len(self._regions), digest)
         return True
 
     def _push_layer(self, push: _Push, chunk: PushChunk, layer: int) -> None:
@@ -185,16 +193,15 @@ class Pusher:
         local = Blocks(layer, tuple(local_ids), lane.sender_start, lane.num_bytes)
         remote = Blocks(layer, tuple(remote_ids), lane.receiver_start, lane.num_bytes)
         begun_s = self._clock.monotonic_s()
+        full = is_full(push.way.scheme, push.target.full_digest)
+        part = part_of(self._regions[layer], lane.sender_start, lane.num_bytes)
         try:
             push.transfers.append(push.way.endpoint.write(lane.tag(chunk.handoff), local, remote, notice))
+            written_s = self._clock.monotonic_s()
+            push.digest.add(part, local_ids, span.start - offset, full=full)
         except TransferError as error:
             push.why_failed, push.stopped = str(error), True
             return
-        written_s = self._clock.monotonic_s()
-        full = is_full(push.way.scheme, push.target.full_digest)
-        part = part_of(self._regions[layer], lane.sender_start, lane.num_bytes)
-        digest = blocks_digest(part, local_ids, span.start - offset, full=full)
-        push.digest = add(push.digest, digest)
         push.write_s += written_s - begun_s
         push.digest_s += self._clock.monotonic_s() - written_s
         push.num_pairs += len(span)
@@ -218,11 +225,26 @@ class Pusher:
                 return
             if push.why_failed:
                 self._results.failed.append(PushFailed(key[0], push.why_failed))
-            del self._pushes[key]
+            self._forget(key)
         elif push.is_complete():
-            self._connections.wrote(push.way)
-            self._results.pushed.append(self._pushed(key[0], push))
-            del self._pushes[key]
+            self._complete(key, push)
+
+    def _complete(self, key: tuple[str, int], push: _Push) -> None:
+        """Every write is done: says so with the digest, once that is known."""
+        try:
+            digest = push.digest.value()
+        except TransferError as error:
+            self._results.failed.append(PushFailed(key[0], str(error)))
+            self._forget(key)
+            return
+        if digest is None:
+            return
+        self._connections.wrote(push.way)
+        self._results.pushed.append(self._pushed(key[0], push, digest))
+        self._forget(key)
+
+    def _forget(self, key: tuple[str, int]) -> None:
+        self._pushes.pop(key).digest.release()
 
     def _reroute(self, push: _Push) -> bool:
         """Begins again over the next best path, if this one has failed and there is another."""
@@ -231,19 +253,19 @@ class Pusher:
         without = [*push.failed_schemes, push.way.scheme]
         try:
             way = self._connections.pick(push.target.decode, push.target.schemes, without, push.target.lane.receiver)
+            push.begin_again(way, self._begin_sum())
         except TransferError:
             return False
-        push.begin_again(way)
         for layer in range(len(self._regions)):
             self._push_layer(push, push.chunk, layer)
         return True
 
-    def _pushed(self, handoff: str, push: _Push) -> Pushed:
+    def _pushed(self, handoff: str, push: _Push, digest: int) -> Pushed:
         return Pushed(
             handoff=handoff,
             num_pairs=push.num_pairs,
             num_bytes=push.num_bytes,
-            digest=push.digest,
+            digest=digest,
             scheme=push.way.scheme,
             why_rerouted=push.why_rerouted,
             moving_unix_s=push.moving_unix_s,

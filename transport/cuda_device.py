@@ -30,7 +30,7 @@ from transport.cuda_driver import (
     IpcHandle,
 )
 from transport.cuda_lane import CudaLane, CudaMoment
-from transport.device import Exported, Moment
+from transport.device import Exported
 
 _LAZY_PEER_ACCESS, _NO_TIMING = 1, 2
 _FOR_ALL_CONTEXTS, _MAPPED = 1, 2
@@ -149,13 +149,6 @@ class CudaDevice:
             else:
                 raise TransferError("the driver is older than CUDA 12.5: update it, or say which stream computes")
         return CudaMoment(self, event)
-
-    def hold_up(self, moment: Moment) -> None:
-        assert isinstance(moment, CudaMoment)
-        if self._compute_stream is None:
-            raise TransferError("nobody said which stream computes, so none can be held up")
-        with self._bound():
-            self.driver.call("cuStreamWaitEvent", self._compute_stream(), moment.event, 0)
 
     def pin(self, address: int, num_bytes: int) -> int:
         result = ctypes.c_uint64()

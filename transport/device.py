@@ -2,7 +2,6 @@
 
     Device: export ──▶ Exported (handle) ── another process ──▶ open ──▶ address here
       ├─ mark ──▶ Moment           passes when the computation given to the device until now is done
-      ├─ hold_up(moment)           the other way round: what is computed from now on waits for the moment
       ├─ pin ──▶ address           host memory, as the device sees it
       └─ lane ──▶ Lane.copy(..., after) ──▶ Moment       copies beside the computation, in order
                └▶ Lane.tally ──▶ Tally.add(..., after)   digests of blocks, the same way
@@ -10,8 +9,8 @@
 `transport/cuda_device.py` is the real one; `transport/host_device.py` does the same with host memory and threads, so
 that everything else runs, and is tested, on a machine without a GPU.
 Threading: every method may be called from the engine's thread and from the endpoints' threads, and none waits for the
-device, but `Lane.close`, which is called only once the lane is empty. `mark` and `hold_up` are about the computation of
-the thread that calls. A lane and its tallies are used by one thread at a time.
+device, but `Lane.close`, which is called only once the lane is empty. `mark` is about the computation of the thread
+that calls. A lane and its tallies are used by one thread at a time.
 """
 
 from __future__ import annotations
@@ -112,11 +111,6 @@ class Device(Protocol):
 
     def mark(self) -> Moment:
         """Passes when everything is done that the computation had been given when this was called."""
-        ...
-
-    def hold_up(self, moment: Moment) -> None:
-        """What the computation is given from now on begins when the moment has passed. Raises TransferError if the
-        device refuses."""
         ...
 
     def pin(self, address: int, num_bytes: int) -> int:

@@ -36,9 +36,10 @@ class DeviceSum:
 
     def add(self, region: Region, block_ids: Sequence[int], first_position: int, *, full: bool) -> None:
         """Adds blocks as they are once the computation given to the device until now is done; all of each."""
+        span, seed = Span(region, 0, region.block_bytes), (region.id << 32) | first_position
         computed = self._device.mark()
         try:
-            self._tally.add(Span(region, 0, region.block_bytes), block_ids, (region.id << 32) | first_position, computed)
+            self._tally.add(span, block_ids, seed, computed)
         finally:
             computed.release()
 

@@ -5,7 +5,7 @@
 
 It is as strict as CUDA: only whole allocations are exported, none can be opened in the process that made it, and a copy
 that has begun cannot be taken back. With it every rule of the transport is tested on any machine; nothing is faster
-this way than over shm, so no instance uses it.
+this way than over shm, so no instance uses it but in tests (engine/devices.py).
 Memory model: a mapping lives until `shut`; a memfd until `close` here and `shut` everywhere.
 Threading: a thread per lane.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -38,10 +39,11 @@ class _Handle(msgspec.Struct, frozen=True, array_like=True):
 
 
 class HostMoment:
-    """Passed once `pass_on` was called, or the device has failed."""
+    """Passed once `pass_on` was called and the device's lag is over; never if the device has failed."""
 
-    def __init__(self, device: HostDevice, *, is_passed: bool = False) -> None:
+    def __init__(self, device: HostDevice, *, is_passed: bool = False, lag_s: float = 0.0) -> None:
         self._device = device
+        self._due_s = time.monotonic() + lag_s
         self._passed = threading.Event()
         if is_passed:
             self._passed.set()
@@ -49,10 +51,15 @@ class HostMoment:
     def has_passed(self) -> bool:
         if self._device.why_failed:
             raise TransferError(self._device.why_failed)
-        return self._passed.is_set()
+        return self._passed.is_set() and time.monotonic() >= self._due_s
 
     def wait(self, timeout_s: float) -> bool:
-        return self._passed.wait(timeout_s)
+        """Whether it has passed, after so long at most."""
+        ends_s = time.monotonic() + timeout_s
+        if not self._passed.wait(timeout_s):
+            return False
+        time.sleep(max(min(self._due_s, ends_s) - time.monotonic(), 0.0))
+        return time.monotonic() >= self._due_s
 
     def pass_on(self) -> None:
         self._passed.set()
@@ -134,10 +141,12 @@ class HostLane:
 
 
 class HostDevice:
-    """See transport/device.py. `hold` and `let_go` are the computation, `fail` is the device's end."""
+    """See transport/device.py. `hold` and `let_go` are the computation, `fail` is the device's end. lag_s: by how much
+    the computation is always behind what it was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, lag_s: float = 0.0) -> None:
         self.why_failed = ""
+        self._lag_s = lag_s
         self._own: dict[int, tuple[Mapping, int]] = {}
         self._opened: dict[int, Mapping] = {}
         self._held: list[HostMoment] | None = None
@@ -193,17 +202,10 @@ class HostDevice:
 
     def mark(self) -> HostMoment:
         with self._lock:
-            moment = HostMoment(self, is_passed=self._held is None)
+            moment = HostMoment(self, is_passed=self._held is None, lag_s=self._lag_s)
             if self._held is not None:
                 self._held.append(moment)
         return moment
-
-    def hold_up(self, moment: Moment) -> None:
-        """The computation is the thread that calls."""
-        assert isinstance(moment, HostMoment)
-        while not moment.wait(_POLL_S):
-            if self.why_failed:
-                raise TransferError(self.why_failed)
 
     def pin(self, address: int, num_bytes: int) -> int:
         """It is where it is."""

@@ -34,9 +34,10 @@ class OwnMemory:
 
 
 class Scratch:
-    """Allocates and registers the memory, before `describe`; keep it as long as the transports."""
+    """Allocates and registers the memory, before `describe`; keep it as long as the transports. device: the GPU whose
+    memory the transports allocate."""
 
-    def __init__(self, transports: Mapping[str, Transport]) -> None:
+    def __init__(self, transports: Mapping[str, Transport], device: int | None = None) -> None:
         num_bytes = SCRATCH_BLOCK_BYTES * NUM_SCRATCH_BLOCKS
         shape = (SCRATCH_BLOCK_BYTES, SCRATCH_BLOCK_BYTES, NUM_SCRATCH_BLOCKS)
         shared: Memory = OwnMemory(num_bytes)
@@ -44,7 +45,7 @@ class Scratch:
         for transport in transports.values():
             owned = transport.allocate(num_bytes)
             self._memories += [owned] if owned is not None else []
-            transport.register(Region(SCRATCH_REGION, (owned or shared).address, *shape))
+            transport.register(Region(SCRATCH_REGION, (owned or shared).address, *shape, device))
 
 
 class ScratchLandings:

@@ -31,7 +31,25 @@ def test_a_cpu_instance_gets_defaults_that_work() -> None:
 def test_a_gpu_instance_keeps_vllms_own_defaults() -> None:
     given = Arguments(SPEC.serve_arguments(Device.GPU))
     assert not given.has("--enforce-eager")
-    assert not given.has("--kv-cache-memory-bytes")
+    assert not given.has("--kv-cache-memory-bytes", "--gpu-memory-utilization")
+
+
+def test_a_gpu_instance_with_a_connector_schedules_one_step_after_the_other() -> None:
+    """What asynchronous scheduling gives away a GPU may still write to."""
+    assert "--no-async-scheduling" in SPEC.serve_arguments(Device.GPU)
+    assert "--no-async-scheduling" not in SPEC.serve_arguments(Device.CPU)
+    assert "--no-async-scheduling" not in _change(plain=True).serve_arguments(Device.GPU)
+    given = _change(arguments=("--no-async-scheduling",)).serve_arguments(Device.GPU)
+    assert given.count("--no-async-scheduling") == 1
+
+
+def test_instances_that_meet_on_a_gpu_share_its_memory(tmp_path: Path) -> None:
+    spec = _change(gpus=("1", "0"), gpu_memory=0.45)
+    assert Arguments(spec.serve_arguments(Device.GPU)).value("--gpu-memory-utilization") == "0.45"
+    assert spec.variables(tmp_path, tmp_path, Device.GPU)["CUDA_VISIBLE_DEVICES"] == "1,0"
+    chosen = _change(gpu_memory=0.45, arguments=("--gpu-memory-utilization", "0.3"))
+    assert chosen.serve_arguments(Device.GPU).count("--gpu-memory-utilization") == 1
+    assert "CUDA_VISIBLE_DEVICES" not in spec.variables(tmp_path, tmp_path, Device.CPU)
 
 
 def test_the_connector_hears_who_it_is() -> None:

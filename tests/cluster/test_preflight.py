@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from core.errors import ConfigError, UnsupportedError
@@ -15,10 +16,10 @@ from engine import build
 from engine.instance import InstanceSpec, ServedModel
 from engine.preflight import (
     check_arguments,
-    check_device,
     check_memory,
     check_model,
     check_ranks,
+    check_transport,
     free_memory_bytes,
     parse_bytes,
 )
@@ -65,11 +66,24 @@ def test_ranks_that_cannot_share_the_heads_are_refused(
         check_ranks(str(tmp_path), ranks)
 
 
-def test_a_hand_off_between_gpus_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="between GPUs is not supported yet"):
-        check_device(build.Device.GPU, plain=False)
-    check_device(build.Device.GPU, plain=True)
-    check_device(build.Device.CPU, plain=False)
+def test_between_gpus_only_what_was_named_moves_blocks() -> None:
+    """Nothing has been measured there, so nothing is chosen, and the processor cannot copy."""
+    spec = InstanceSpec("d", Role.DECODE, ServedModel("model"), "127.0.0.1", 1, "http://127.0.0.1:2")
+    with pytest.raises(ConfigError, match=r"measured between GPUs yet.*--transport cuda_ipc"):
+        check_transport(spec, build.Device.GPU)
+    with pytest.raises(ConfigError, match=r"shm copies by the processor.*cuda_ipc, nixl, ucx"):
+        check_transport(msgspec.structs.replace(spec, transport="shm"), build.Device.GPU)
+    with pytest.raises(ConfigError, match="cuda_ipc cannot run here"):
+        check_transport(msgspec.structs.replace(spec, transport="cuda_ipc"), build.Device.GPU)
+    check_transport(msgspec.structs.replace(spec, plain=True), build.Device.GPU)
+    check_transport(spec, build.Device.CPU)
+
+
+def test_a_gpu_is_not_given_the_next_step_before_this_one_is_known() -> None:
+    with pytest.raises(UnsupportedError, match="--async-scheduling is not supported on a GPU"):
+        check_arguments(["--async-scheduling"], build.Device.GPU, plain=False)
+    check_arguments(["--async-scheduling"], build.Device.GPU, plain=True)
+    check_arguments(["--no-async-scheduling"], build.Device.GPU, plain=False)
 
 
 @pytest.mark.parametrize(

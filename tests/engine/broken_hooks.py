@@ -45,7 +45,7 @@ def hooks(**halves: Any) -> BatonConnector:
 
 
 def main() -> None:
-    worker = WorkerSide(ConnectorSettings(transport="zmq"), LAYOUT, WHOLE, "cpu")
+    worker = WorkerSide(ConnectorSettings(transport="zmq"), LAYOUT, WHOLE)
     beside = hooks(_worker=worker)
     told: dict[str, list[int]] = {}
 

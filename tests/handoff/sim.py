@@ -26,7 +26,7 @@ from decode.lander import Lander
 from decode.receiver import Receiver
 from prefill.connections import Connections
 from prefill.push import PushResults
-from prefill.pusher import Pusher
+from prefill.pusher import PagedCache, Pusher
 from prefill.sender import Gate, Sender
 from transport.base import Region, Transport
 from transport.faultpoint import FaultPoint
@@ -72,7 +72,7 @@ class SimRank:
             self.transport.register(region)
         transports: dict[str, Transport] = {"inproc": self.transport}
         self.connections = Connections(transports, clock)
-        self.pusher = Pusher(self.connections, self.regions, BLOCK_SIZE, clock, FaultPoint(), rank)
+        self.pusher = Pusher(self.connections, PagedCache(self.regions, BLOCK_SIZE), clock, FaultPoint(), rank)
         self.lander = Lander(transports, self.regions, clock, FaultPoint(), rank)
 
     def addresses(self, layer: int, block: int, offset: int) -> list[tuple[int, int]]:

@@ -21,7 +21,7 @@ from prefill.connections import BACKOFF_S, FORGET_AFTER_S, MAX_LOST_WRITES, MAX_
 from prefill.peer_paths import Far
 from prefill.prober import Prober, probe
 from prefill.push import PushChunk, PushCommands, Pushed, PushResults, PushTarget, Quiet
-from prefill.pusher import Pusher
+from prefill.pusher import PagedCache, Pusher
 from tests.poll import until
 from transport.base import Region, Transport
 from transport.door import Await, Door, DoorKey, Meet, Named, News
@@ -265,7 +265,7 @@ class HandOff:
     def __init__(self, house: House, id_: str = "h") -> None:
         self.house, self.id = house, id_
         clock, faults = house.clock, FaultPoint()
-        self.pusher = Pusher(house.connections, house.near.regions, BLOCK_SIZE, clock, faults)
+        self.pusher = Pusher(house.connections, PagedCache(house.near.regions, BLOCK_SIZE), clock, faults)
         self.lander = Lander(house.far.transports, house.far.regions, clock, faults)
         lane = Lane(0, 0, 0, 0, BLOCK_BYTES)
         self.lander.begin_step(LandCommands(arm=[Arm(id_, "request", [8, 9, 10, 11], False, [lane])]))

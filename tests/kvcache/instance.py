@@ -9,6 +9,7 @@ from kvcache import wire
 from kvcache.arena import Arena
 from kvcache.client import CacheClient, fetch_arena
 from kvcache.copiers import Copiers
+from kvcache.host_copies import HostReads
 from kvcache.loader import Loader
 from kvcache.orders import CacheResults, Loaded
 from kvcache.partial import PartialBlocks, root_key
@@ -45,7 +46,7 @@ class Instance:
         self.writer = Writer(self.client, BLOCK_SIZE, clock)
         arena = Arena(self.engine.regions, lambda: fetch_arena(socket, name))
         self.copiers = Copiers()
-        self.loader = Loader(arena, self.copiers, clock, FaultPoint())
+        self.loader = Loader(arena, HostReads(self.copiers, FaultPoint()), clock)
         self.storer = Storer(arena, LAYERS, clock, FaultPoint())
         self.loader.prepare("")
         until(lambda: self.client.is_connected, what="the connection")
