@@ -1,4 +1,5 @@
-"""Where the engine's KV cache lies: in the host's memory, in a GPU's, or, in tests, in a device made of host memory.
+"""Where the engine's KV cache lies: in the host's memory, in a GPU's, or, in tests, in a device made of host memory
+or behind a CUDA driver in software.
 
 A GPU computes what the engine's thread has launched some time later, and the processor cannot read its memory. So on a
 device the hooks only say in which order things are to happen: pushes, stores and digests are given to the device behind
@@ -15,11 +16,13 @@ import torch
 from core.errors import ConfigError, UnsupportedError
 from engine.settings import ConnectorSettings
 from transport.cuda_device import CudaDevice
+from transport.cuda_driver import CudaDriver
 from transport.device import Device
 from transport.host_device import HostDevice
 
-_PRETENDED = re.compile(r"host(?::(\d+\.\d+))?")
-"""The setting `device` that puts a CPU engine's KV cache into a `HostDevice`; after the colon its lag in seconds."""
+_PRETENDED = re.compile(r"host(?::(?P<lag>\d+\.\d+))?|driver:(?P<driver>.+)")
+"""The setting `device` of a CPU engine in tests: a `HostDevice`, with its lag in seconds after the colon, or a driver's
+path."""
 
 
 def is_on_device(config: Any, settings: ConnectorSettings) -> bool:
@@ -34,7 +37,9 @@ def refuse_on_device(config: Any, settings: ConnectorSettings) -> None:
         what = "an AMD GPU" if torch.version.hip is not None else f"a device of type {kind}"
         raise UnsupportedError(f"hand-off and cache on {what} are not supported; plain instances are: baton serve 0P1D")
     if settings.device and (kind != "cpu" or not _PRETENDED.fullmatch(settings.device)):
-        raise ConfigError(f"device {settings.device!r}: leave it out; it is `host` or `host:0.01`, for tests on a CPU")
+        raise ConfigError(
+            f"device {settings.device!r}: leave it out; `host`, `host:0.01` and `driver:PATH` are for tests"
+        )
     if not is_on_device(config, settings):
         return
     if config.scheduler_config.async_scheduling:
@@ -52,6 +57,10 @@ def device_of(config: Any, settings: ConnectorSettings) -> Device | None:
     if not is_on_device(config, settings):
         return None
     pretended = _PRETENDED.fullmatch(settings.device)
-    if pretended is not None:
-        return HostDevice(float(pretended[1] or 0.0))
-    return CudaDevice(lambda: int(torch.cuda.current_stream().cuda_stream))
+    if pretended is None:
+        return CudaDevice(lambda: int(torch.cuda.current_stream().cuda_stream))
+    if pretended["driver"] is None:
+        return HostDevice(float(pretended["lag"] or 0.0))
+    device = CudaDevice(driver=CudaDriver(pretended["driver"]))
+    device.take(0)
+    return device

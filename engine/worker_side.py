@@ -20,7 +20,6 @@ from prefill.prober import Prober
 from prefill.pusher import PagedCache, Pusher
 from transport import native
 from transport.base import Memory, Transport
-from transport.cuda_device import CudaDevice
 from transport.device import Device
 from transport.device_digest import DeviceDigests
 from transport.device_schemes import device_transports
@@ -62,7 +61,7 @@ class WorkerSide:
 
     def memory_context(self) -> CacheMemory | None:
         """The context in which vLLM allocates its KV cache; None where it takes it from a GPU."""
-        if isinstance(self._device, CudaDevice):
+        if self._device is not None and not self._settings.device:
             return None
         self._memory = CacheMemory(self._allocate)
         return self._memory
@@ -181,6 +180,8 @@ def _transports(settings: ConnectorSettings, device: Device | None) -> dict[str,
     """What this worker offers, best first. Raises ConfigError for what cannot run here."""
     keys = settings.read_keys()
     if device is not None:
+        if not settings.device:
+            wanted_schemes(settings.transport, has_keys=keys is not None)
         return device_transports(settings.transport, device, settings.host, keys, settings.transport_options)
     return {
         scheme: make_transport(scheme, settings.host, keys, settings.transport_options)

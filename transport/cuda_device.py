@@ -84,6 +84,12 @@ class CudaDevice:
         self._is_closed = False
         self._allocated: list[int] = []
 
+    def take(self, ordinal: int) -> None:
+        """This GPU, before any memory of it is checked. Raises TransferError if it refuses."""
+        with self._lock:
+            if self._context is None and not self._is_closed:
+                self._context = CudaContext(self.driver, ordinal)
+
     def allocate(self, num_bytes: int) -> Memory | None:
         """None before any region of GPU memory is registered: the engine allocates its KV cache by itself."""
         if self._context is None:
@@ -98,9 +104,7 @@ class CudaDevice:
         if self._attribute(MEMORY_TYPE, address) != DEVICE_MEMORY:
             raise TransferError(f"the memory at {address:#x} is not a GPU's: use shm or zmq for a KV cache on the host")
         ordinal = self._attribute(DEVICE_ORDINAL, address)
-        with self._lock:
-            if self._context is None and not self._is_closed:
-                self._context = CudaContext(self.driver, ordinal)
+        self.take(ordinal)
         bound = self._bound().ordinal
         if bound != ordinal:
             raise TransferError(f"memory of GPU {ordinal}, where GPU {bound} was registered: one GPU per process")

@@ -16,9 +16,8 @@ from transport.base import Transport
 from transport.behind import BehindComputation
 from transport.cuda_ipc import CudaIpcTransport
 from transport.device import Device
-from transport.host_device import HostDevice
 from transport.keys import Keys
-from transport.schemes import make_transport, wanted_schemes
+from transport.schemes import make_transport
 
 ON_A_DEVICE = ("cuda_ipc", "nixl", "ucx")
 
@@ -41,12 +40,9 @@ def refuse_off_device(transport: str) -> None:
 def device_transports(
     transport: str, device: Device, host: str, keys: Keys | None, options: Mapping[str, dict[str, Any]]
 ) -> dict[str, Transport]:
-    """What an instance with its KV cache on `device` offers, by scheme; the last to be closed closes the device.
-    Arguments as of `transport.schemes.make_transport`. Raises ConfigError as it and `refuse_off_device` do."""
+    """What an instance with its KV cache on `device` offers, by scheme; closing it closes the device. Arguments as of
+    `transport.schemes.make_transport`. Raises ConfigError as it and `refuse_off_device` do."""
     refuse_off_device(transport)
     if transport == "cuda_ipc":
-        if not isinstance(device, HostDevice):
-            wanted_schemes(transport, has_keys=keys is not None)
         return {transport: CudaIpcTransport(device)}
-    wanted_schemes(transport, has_keys=keys is not None)
     return {transport: BehindComputation(make_transport(transport, host, keys, options), device)}

@@ -14,28 +14,33 @@ from core.layout import KVLayout
 from engine.cache_side import part_bytes
 from engine.ranks import OfAllRanks
 from kvcache.arena import Arena, Share, block_digest, key_summand, slot_bytes
+from kvcache.device_copies import DeviceWrites
 from kvcache.orders import CacheResults, Loaded, Piece, Store, Stored
+from kvcache.ranges import aligned
 from kvcache.storer import Storer
 from kvcache.wire import Written
 from tests.kvcache.places import BLOCK_BYTES, LAYERS, Engine, key
 from transport.faultpoint import FaultPoint
+from transport.host_device import HostDevice
 from transport.mapping import Mapping, make_memfd
 
 RANKS = 2
-SLOT = slot_bytes(BLOCK_BYTES, RANKS)
+SLOT = aligned(slot_bytes(BLOCK_BYTES, RANKS))
 LAYOUT = KVLayout("model", "float32", LAYERS, 4, 64, 16, 65536, "LBHNC", "vec")
 
 
 class Host:
-    """Two ranks of an engine, and an arena of four slots that both map."""
+    """Two ranks of an engine, and an arena of four slots that both map; device: in whose memory the engine's blocks
+    lie."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: HostDevice | None = None) -> None:
+        self.device = device
         self.clock = ManualClock()
         self.engines = [Engine() for _ in range(RANKS)]
         self.fd = make_memfd(4 * SLOT)
         self.memory = Mapping(self.fd, 4 * SLOT)
         self.arenas = [
-            Arena(engine.regions, lambda: (os.dup(self.fd), 4 * SLOT, "arena"), Share(rank, RANKS))
+            Arena(engine.regions, lambda: (os.dup(self.fd), 4 * SLOT, "arena"), Share(rank, RANKS), device)
             for rank, engine in enumerate(self.engines)
         ]
         self.mapped = [arena.map() for arena in self.arenas]
@@ -45,14 +50,16 @@ class Host:
         which is ours for 100 seconds."""
         answers = []
         store = Store("r", "arena", 1, self.clock.monotonic_s() + 100.0, [Piece(1, SLOT, key(7))])
-        for arena in self.arenas:
-            storer = Storer(arena, LAYERS, self.clock, FaultPoint())
+        for rank, arena in enumerate(self.arenas):
+            writes = DeviceWrites(self.device, self.engines[rank].regions) if self.device is not None else None
+            storer = Storer(arena, LAYERS, self.clock, FaultPoint(), writes)
             storer.begin_step([store])
             for layer in range(LAYERS):
                 storer.save_layer(layer)
             self.clock.advance(seconds)
             answers.append(CacheResults())
             storer.end_step(answers[-1])
+            storer.close()
         return answers[0].with_those_of(answers[1])
 
     def digest(self) -> int:
@@ -76,9 +83,10 @@ class Host:
         os.close(self.fd)
 
 
-@pytest.fixture
-def host() -> Iterator[Host]:
-    host = Host()
+@pytest.fixture(params=[None, HostDevice], ids=["processor", "device"])
+def host(request: pytest.FixtureRequest) -> Iterator[Host]:
+    """Whoever copies what is stored."""
+    host = Host(request.param() if request.param else None)
     yield host
     host.close()
 
@@ -133,15 +141,17 @@ def test_parts_that_changed_places_are_not_taken_for_each_other(host: Host) -> N
 def test_a_slot_that_does_not_fit_whole_is_refused(host: Host) -> None:
     for mapped in host.mapped:
         with pytest.raises(TransferError, match="outside the arena"):
-            mapped.read_block(1, 3 * SLOT + 1, key(7), 0)
+            mapped.read_block(1, 4 * SLOT - slot_bytes(BLOCK_BYTES, RANKS) + 1, key(7), 0)
         with pytest.raises(TransferError, match="outside the arena"):
-            mapped.seal(3 * SLOT + 1, 0)
+            mapped.seal(4 * SLOT - slot_bytes(BLOCK_BYTES, RANKS) + 1, 0)
 
 
 def test_nothing_is_written_once_the_place_may_be_anothers(host: Host) -> None:
     results = host.store(seconds=101.0)
     assert results.stored == [Stored("r", 1, [], [key(7)])]
-    assert bytes(host.memory._mmap[SLOT + RANKS * BLOCK_BYTES : 2 * SLOT]) == bytes(16), "also not in the table"
+    assert bytes(host.memory._mmap[SLOT + RANKS * BLOCK_BYTES : 2 * SLOT]) == bytes(SLOT - RANKS * BLOCK_BYTES), (
+        "also not in the table"
+    )
 
 
 def test_a_block_is_complete_where_every_rank_has_stored_it() -> None:
