@@ -213,6 +213,7 @@ def _warm(parser: _Parser, arguments: Sequence[str]) -> int:
 
 def _demo(arguments: Sequence[str]) -> int:
     parser = _Parser("baton demo", description="1P1D with the bundled model on free ports, one chat, its timeline.")
+    _add_transport(parser)
     return _call("cluster.demo", parser.parse(arguments))
 
 

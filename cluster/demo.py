@@ -15,6 +15,7 @@ from cluster.options import ClusterOptions
 from cluster.progress import Progress
 from cluster.serve import stopping
 from core.errors import BatonError
+from engine.build import Device, installed_build
 
 MAX_TOKENS = 96
 BLOCK_SIZE = "32"
@@ -40,12 +41,15 @@ To the lascivious pleasing of a lute.
 Good my lord, what news from the court? Speak, and tell me what the king hath said."""
 
 
-def run(_options: argparse.Namespace) -> int:
+def run(given: argparse.Namespace) -> int:
     """Everything that it starts is stopped again, whatever ends it."""
     print("Baton demo: one prefill and one decode instance, the KV cache pushed from one to the other", flush=True)
-    options = ClusterOptions(
-        arguments_prefill=("--block-size", BLOCK_SIZE), arguments_decode=("--block-size", BLOCK_SIZE)
-    )
+    transport = given.transport
+    if transport == "auto" and installed_build().device is Device.GPU:
+        transport = "cuda_ipc"
+        print("On a GPU, by cuda_ipc: written, and not measured yet", flush=True)
+    arguments = ("--block-size", BLOCK_SIZE)
+    options = ClusterOptions(arguments_prefill=arguments, arguments_decode=arguments, transport=transport)
     progress = Progress(sys.stdout)
     cluster = Cluster("1P1D", options, progress)
     with stopping(cluster):

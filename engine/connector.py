@@ -18,6 +18,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole, SupportsHMA
 
+from core.layout import HEADS_OUTERMOST
 from engine import internals
 from engine.devices import device_of, is_on_device, refuse_on_device
 from engine.layout import layout_of, refuse_unsupported
@@ -56,6 +57,12 @@ class BatonConnector(WorkerHooks, SchedulerHooks, SupportsHMA):
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
         """The hooks of a layer are Python, which no CUDA graph would call again: attention stays outside."""
         return True
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
+        """A wish, where the attention back end has the choice: heads outermost in a block, so that a rank of another
+        size can be given some of them in one piece. MLA keeps one for all."""
+        return None if vllm_config.model_config.use_mla else HEADS_OUTERMOST
 
     def shutdown(self) -> None:
         """The instance stops."""

@@ -30,11 +30,10 @@ from transport.cuda_driver import (
     IpcHandle,
 )
 from transport.cuda_lane import CudaLane, CudaMoment
+from transport.cuda_pinned import PinnedMemory
 from transport.device import Exported
 
 _LAZY_PEER_ACCESS, _NO_TIMING = 1, 2
-_FOR_ALL_CONTEXTS, _MAPPED = 1, 2
-"""Flags of cuMemHostRegister."""
 
 
 def unavailable() -> str:
@@ -78,6 +77,7 @@ class CudaDevice:
         self.driver = driver or CudaDriver()
         self._compute_stream = compute_stream
         self._context: CudaContext | None = None
+        self._pinned = PinnedMemory(self.driver)
         self._spare: list[ctypes.c_void_p] = []
         self._lock = threading.Lock()
         self._num_uses = 0
@@ -155,28 +155,19 @@ class CudaDevice:
         return CudaMoment(self, event)
 
     def pin(self, address: int, num_bytes: int) -> int:
-        result = ctypes.c_uint64()
-        with self._begin_use():
-            try:
-                self.driver.call("cuMemHostRegister_v2", address, num_bytes, _FOR_ALL_CONTEXTS | _MAPPED)
-            except TransferError as error:
-                self.end_use()
-                raise TransferError(
-                    f"{num_bytes} bytes of the host's memory cannot be pinned for the GPU: {error}"
-                ) from error
-            try:
-                self.driver.call("cuMemHostGetDevicePointer_v2", ctypes.byref(result), address, 0)
-            except TransferError:
-                self.unpin(address)
-                raise
-        return result.value
+        context = self._begin_use()
+        try:
+            with context:
+                return self._pinned.pin(address, num_bytes)
+        except TransferError:
+            self.end_use()
+            raise
 
     def unpin(self, address: int) -> None:
-        """A device that has failed unpins nothing more."""
         context = self._context
         assert context is not None, "unpin what was pinned"
         with contextlib.suppress(TransferError), context:
-            self.driver.call("cuMemHostUnregister", address)
+            self._pinned.unpin(address)
         self.end_use()
 
     def lane(self) -> CudaLane:

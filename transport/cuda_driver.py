@@ -22,7 +22,7 @@ MEMORY_TYPE, DEVICE_ORDINAL, IS_IPC_CAPABLE = 2, 9, 10
 DEVICE_MEMORY = 2
 """CUmemorytype."""
 _REMEDIES: dict[int, str] = {
-    2: "the GPU's memory is full",
+    2: "there is not enough memory",
     3: "CUDA does not survive a fork: start the worker with VLLM_WORKER_MULTIPROC_METHOD=spawn",
     46: "another process has this GPU for itself (nvidia-smi -c DEFAULT changes that)",
     100: "no GPU is visible: look at CUDA_VISIBLE_DEVICES, and whether the container was given one",

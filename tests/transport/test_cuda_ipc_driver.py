@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import os
 import random
 import shutil
@@ -25,6 +26,7 @@ from tests.fakes.software_gpu import SoftwareGpu, software_library
 from tests.poll import until
 from tests.transport.memory import Owned
 from tests.transport.peer_process import NUM_BLOCKS, ROOT, PeerProcess
+from transport import cuda_pinned
 from transport.base import Blocks, Region, TransferState
 from transport.conformance import check_transport
 from transport.conformance_pair import finish, wait_for
@@ -269,3 +271,31 @@ def _destroy(gpu: SoftwareGpu, *streams: int) -> None:
     """The engine's streams end with it."""
     for stream in streams:
         gpu.library.software_end(stream)
+
+
+def test_memory_of_the_host_is_pinned_in_pieces_that_drivers_take(
+    gpu: SoftwareGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_pinned, "PIECE_BYTES", 4096)
+    gpu.take(0)
+    pages = mmap.mmap(-1, 5 * 4096)
+    anchor = ctypes.c_char.from_buffer(pages)
+    address = ctypes.addressof(anchor)
+    gpu.library.software_pin_at_most(4096)
+    assert gpu.pin(address, 5 * 4096) == address
+    assert gpu.count("pinned") == 5
+    gpu.unpin(address)
+    assert gpu.count("pinned") == 0
+    gpu.library.software_pin_at_most(4095)
+    with pytest.raises(
+        TransferError, match=r"20480 bytes of the host's memory cannot be pinned for the GPU.*not enough memory"
+    ):
+        gpu.pin(address, 5 * 4096)
+    gpu.library.software_pin_at_most(0)
+    assert gpu.pin(address, 4096) == address  # what was refused is not taken for pinned
+    with pytest.raises(TransferError, match="pinned already"):
+        gpu.pin(address - 4096, 3 * 4096)
+    assert gpu.count("pinned") == 1
+    gpu.unpin(address)
+    del anchor
+    pages.close()
