@@ -85,6 +85,10 @@ class GpuGround:
         self._tensors[tensor.data_ptr()] = tensor
         return int(tensor.data_ptr())
 
+    def tensor(self, address: int) -> Any:
+        """What `memory` made there."""
+        return self._tensors[address]
+
     def copy(self, target: int, source: int, num_bytes: int, times: int) -> None:
         done = self._torch.cuda.Event()
         for _ in range(times):
@@ -139,7 +143,7 @@ def wait(transfers: list[Transfer]) -> None:
             raise RuntimeError(transfer.failure())
 
 
-def median_s(work: Callable[[], None]) -> float:
+def median_s(work: Callable[[], object]) -> float:
     """Of several turns; the first warms up."""
     times = []
     for _ in range(NUM_TURNS + 1):

@@ -141,11 +141,16 @@ class MappedArena:
             raise TransferError(f"a block at {offset} does not begin at a multiple of {ALIGNMENT}")
         return number
 
-    def summand_in_slot(self, layer: int, offset: int) -> int:
-        """The summand of the digest of one layer as it lies in a slot. Raises TransferError for a slot outside the
-        arena."""
-        at = self._part_at(offset) + self._layer_offsets[layer]
-        return xxhash.xxh3_64_intdigest(view(at, self._regions[layer].block_bytes), seed=self._first_seed + layer)
+    def summands_in_slots(self, layer: int, offsets: Sequence[int]) -> list[int]:
+        """The summands of the digests of one layer as it lies in slots. Raises TransferError for one outside the arena.
+
+        One view for all: with blocks of 8 KiB a view for each takes ten times as long as its hash."""
+        for offset in (min(offsets), max(offsets)):
+            self._at(offset)
+        memory, size = view(self._mapping.address, self._mapping.num_bytes), self._regions[layer].block_bytes
+        first = self._share.rank * self.part_bytes + self._layer_offsets[layer]
+        seed, digest = self._first_seed + layer, xxhash.xxh3_64_intdigest
+        return [digest(memory[first + at : first + at + size], seed=seed) for at in offsets]
 
     def is_sound(self, offset: int, digest: int, total: int) -> bool:
         """Whether this rank's part of a slot, whose summands add up to `total` (first_summand among them), is of the

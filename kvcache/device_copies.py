@@ -46,9 +46,10 @@ class _Layers:
         self._arena = arena
         self._regions = regions
         self._pieces = pieces
+        self._offsets = [piece.offset for piece in pieces]
         self._copiers = copiers
         self._block_ids = [piece.block_id for piece in pieces]
-        self._slot_ids = [arena.slot_id(piece.offset) for piece in pieces]
+        self._slot_ids = [arena.slot_id(offset) for offset in self._offsets]
         self._hashed: list[Future[list[int]]] = []
 
     def store(self, lane: Lane, layer: int, computed: Moment) -> None:
@@ -78,7 +79,7 @@ class _Layers:
             _wait_for(copied)
         finally:
             copied.release()
-        return [self._arena.summand_in_slot(layer, piece.offset) for piece in self._pieces]
+        return self._arena.summands_in_slots(layer, self._offsets)
 
 
 class DeviceReads:

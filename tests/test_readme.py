@@ -18,7 +18,11 @@ SUPPORTED: list[tuple[str, str, str]] = [
     ("Shared memory (`shm`) and TCP (`zmq`)", "yes", "engine/test_exact.py::test_cold_caches_one_at_a_time"),
     ("NIXL (`nixl`), in host memory", "yes", "transport/test_nixl.py"),
     ("UCX (`ucx`, through ucxx), in host memory, on trusted networks", "over TCP", "transport/test_ucx.py"),
-    ("`cuda_ipc`, NIXL and UCX in GPU memory", "written, never measured, never chosen", "transport/test_cuda_ipc.py"),
+    (
+        "`cuda_ipc`, NIXL and UCX in GPU memory",
+        "written, never measured, never chosen by itself",
+        "transport/test_cuda_ipc.py",
+    ),
     ("Chunked prefill, prefix caching", "yes", "engine/test_exact.py::test_one_side_warm"),
     (
         "float32 exact, bfloat16 within bounds",
@@ -105,7 +109,11 @@ SUPPORTED: list[tuple[str, str, str]] = [
     ("Pipeline, data parallel above 1", "refused by name", "cluster/test_preflight.py"),
     ("Speculative decoding, quantised KV cache", "refused by name", "cluster/test_preflight.py"),
     ("Sliding-window, Mamba and hybrid models", "refused by name", "cluster/test_preflight.py"),
-    ("Hand-off between GPUs", "refused by name", "cluster/test_preflight.py"),
+    (
+        "Hand-off and cache with the KV cache on a GPU",
+        "written, never run on one; `--transport` must name the path",
+        "engine/test_device.py",
+    ),
     ("An answer cut off by its decode instance's death", "ends with an error event", "proxy/test_flow.py"),
 ]
 
