@@ -16,7 +16,14 @@ from core.handoff import Role
 from core.topology import Topology
 from engine.build import Build, Device
 from engine.instance import ENV_VLLM_CORES, InstanceSpec, num_ranks
-from engine.preflight import check_arguments, check_memory, check_model, check_ranks, check_transport
+from engine.preflight import (
+    check_arguments,
+    check_memory,
+    check_model,
+    check_pinned,
+    check_ranks,
+    check_transport,
+)
 from kvcache.spec import CacheSpec
 from transport.keys import read_keys
 from transport.schemes import wanted_schemes
@@ -90,6 +97,8 @@ def check(specs: list[InstanceSpec], build: Build, cache_bytes: int = 0) -> None
         check_ranks(spec.model.path, num_ranks(spec.arguments))
     if build.device is Device.CPU:
         check_memory(specs, cache_bytes)
+    else:
+        check_pinned(cache_bytes)
 
 
 def proxy_address(options: ClusterOptions) -> Address:

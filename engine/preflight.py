@@ -110,6 +110,16 @@ def check_memory(specs: Sequence[InstanceSpec], cache_bytes: int = 0) -> None:
         )
 
 
+def check_pinned(cache_bytes: int) -> None:
+    """Raises ConfigError if the cache that engines on GPUs pin would not fit into this machine's free memory."""
+    free = free_memory_bytes()
+    if cache_bytes > free:
+        raise ConfigError(
+            f"too little memory: --cache asks for {cache_bytes / 2**30:.1f} GiB of the host, all of which is pinned "
+            f"for GPUs, and {free / 2**30:.1f} GiB are free; lower --cache"
+        )
+
+
 def free_memory_bytes() -> int:
     """What can still be taken: of the machine and, in a container, of its limit."""
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())

@@ -27,7 +27,8 @@ _IDLE_PAUSE_S = 0.5
 
 
 class BehindComputation:
-    """Wraps a transport whose regions lie in a device's memory. Closes the device with the transport."""
+    """Wraps a transport whose regions lie in a device's memory, and which expects two callers at once
+    (transport/guarded.py). Closes the device with the transport."""
 
     def __init__(self, inner: Transport, device: Device) -> None:
         self.scheme = inner.scheme

@@ -16,6 +16,7 @@ from transport.base import Transport
 from transport.behind import BehindComputation
 from transport.cuda_ipc import CudaIpcTransport
 from transport.device import Device
+from transport.guarded import GuardedTransport
 from transport.keys import Keys
 from transport.schemes import make_transport
 
@@ -45,4 +46,7 @@ def device_transports(
     refuse_off_device(transport)
     if transport == "cuda_ipc":
         return {transport: CudaIpcTransport(device)}
-    return {transport: BehindComputation(make_transport(transport, host, keys, options), device)}
+    guarded = GuardedTransport(
+        make_transport(transport, host, keys, options)
+    )  # the thread in front of it is a caller too
+    return {transport: BehindComputation(guarded, device)}

@@ -18,6 +18,7 @@ from engine.preflight import (
     check_arguments,
     check_memory,
     check_model,
+    check_pinned,
     check_ranks,
     check_transport,
     free_memory_bytes,
@@ -147,6 +148,12 @@ def test_more_memory_than_there_is_is_refused(model_path: str) -> None:
     check_memory([spec])
     with pytest.raises(ConfigError, match=r"too little memory.*--kv-cache-memory-bytes"):
         check_memory([_with(spec, ("--kv-cache-memory-bytes", str(more)))])
+
+
+def test_a_cache_that_gpus_could_not_pin_is_refused() -> None:
+    check_pinned(1 << 20)
+    with pytest.raises(ConfigError, match=r"--cache asks for .* GiB of the host, all of which is pinned"):
+        check_pinned(free_memory_bytes() * 2)
 
 
 def test_reads_vllms_notation_of_bytes() -> None:

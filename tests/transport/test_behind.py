@@ -15,10 +15,11 @@ from transport.behind import BehindComputation
 from transport.conformance import check_transport
 from transport.conformance_pair import finish
 from transport.host_device import HostDevice
-from transport.schemes import make_transport
+from transport.schemes import make_transport, unavailable
 
 needs_nixl = pytest.mark.skipif(bool(nixl.unavailable()), reason=nixl.unavailable())
-SCHEMES = ["zmq", pytest.param("nixl", marks=needs_nixl)]
+needs_ucx = pytest.mark.skipif(bool(unavailable("ucx")), reason=unavailable("ucx"))
+SCHEMES = ["zmq", pytest.param("nixl", marks=needs_nixl), pytest.param("ucx", marks=[pytest.mark.ucx, needs_ucx])]
 
 
 def behind(scheme: str, device: HostDevice | None = None) -> BehindComputation:
