@@ -18,7 +18,7 @@ from tests.engine.test_cache import BIG, check_equal, completion, figures, flip,
 from tests.engine.test_tensor_parallel import ranks
 from tests.poll import until
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.host_memory, pytest.mark.timeout(600)]
 
 FIRST = completion(300, 500)
 """Of a started engine the first load maps the arena, and is never part of a step."""

@@ -7,34 +7,24 @@ driver in software, where every CUDA call is the one that a GPU would get.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from cluster.launcher import Cluster
 from tests.engine.client import ask, ask_all, metric, record
-from tests.engine.clusters import CHUNKED, FLOAT32
+from tests.engine.clusters import CHUNKED, FLOAT32, on
 from tests.engine.prompts import BLOCK, chat_messages
 from tests.engine.test_cache import BIG, check_equal, completion, figures, flip, settled, tokens_of
 from tests.engine.test_tensor_parallel import check_landed, ranks
-from tests.fakes.software_gpu import software_library
 from transport import nixl
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.host_memory, pytest.mark.timeout(600)]
 
 LENGTHS = (BLOCK, BLOCK + 1, 5 * BLOCK - 1, 700, 1300, 2000)
 LATE = "host:0.02"
 """Behind by 20 ms: a step's blocks are not there yet when the engine goes on."""
 
 needs_nixl = pytest.mark.skipif(bool(nixl.unavailable()), reason=nixl.unavailable())
-
-
-def on(device: str) -> dict[str, Any]:
-    """The connector's options."""
-    if device == "driver":
-        library = software_library() or pytest.skip("no g++ here, with which the software driver is compiled")
-        device = f"driver:{library}"
-    return {"device": device}
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,7 @@ def test_eight_at_a_time_then_the_same_again_with_warm_caches(pair: Cluster, pla
     assert sum(found) > 0, "the second time D finds prefixes in its own cache"
 
 
+@pytest.mark.host_memory
 def test_large_copies_are_compiled_and_shared_among_threads_and_tokens_stay_equal(
     shared_cluster: Any, plain: Cluster
 ) -> None:

@@ -73,6 +73,7 @@ def sniffing() -> Iterator[Sniffer | None]:
         sniffer.close()
 
 
+@pytest.mark.host_memory
 def test_a_handoff_by_zmq_is_exact_and_with_keys_nothing_of_it_can_be_read(
     start: Callable[..., Cluster], plain: Cluster, tmp_path: Path
 ) -> None:

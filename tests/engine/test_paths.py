@@ -14,7 +14,7 @@ from tests.engine.clusters import CHUNKED
 from tests.engine.prompts import token_prompt
 from tests.poll import until
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.host_memory, pytest.mark.timeout(300)]
 
 NUM_TOKENS = 1300
 

@@ -14,7 +14,7 @@ from tests.engine.client import ask, record
 from tests.engine.prompts import token_prompt
 from tests.poll import until
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.host_memory, pytest.mark.timeout(300)]
 
 
 def test_the_old_memory_is_gone_from_the_prefill_instance_and_the_next_hand_off_works(

@@ -71,12 +71,14 @@ def chosen(cluster: Cluster) -> dict[tuple[int, int], str]:
     return {tuple(pair["ranks"]): pair["transport"] for pair in pairs}
 
 
+@pytest.mark.host_memory
 def test_one_rank_fills_two(start: Any, plain: Cluster) -> None:
     arguments = {"arguments_prefill": ranks(1), "arguments_decode": ranks(2)}
     cluster = start("1P1D", transport="shm", connector={"full_digest": True}, **arguments)
     check_equal(cluster, plain, "shm", 100_000)
 
 
+@pytest.mark.host_memory
 def test_two_ranks_fill_one_and_each_pair_takes_the_path_that_was_measured_fastest(start: Any, plain: Cluster) -> None:
     arguments = {"arguments_prefill": ranks(2), "arguments_decode": ranks(1)}
     slow = {"faulty": {"shm": {"delay_s": 0.5}}}

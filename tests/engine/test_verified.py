@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 LAYERS = json.loads((ROOT / "cluster" / "demo_model" / "config.json").read_text())["num_hidden_layers"]
 
 
+@pytest.mark.host_memory
 @pytest.mark.parametrize("transport", ["shm", "zmq"])
 @pytest.mark.parametrize("num_tokens", [BLOCK + 1, 5 * BLOCK, 1000])
 def test_every_block_is_written_and_only_the_last_token_is_computed(
