@@ -36,6 +36,7 @@ _POLL_S = 0.02
 _RECV_BYTES = 1 << 18
 
 A = TypeVar("A")
+Answer = wire.Found | wire.Granted
 
 
 class CacheClient:
@@ -48,7 +49,8 @@ class CacheClient:
         self._lock = threading.Lock()
         self._answered = threading.Condition(self._lock)
         self._outbox = Outbox()
-        self._answers: OrderedDict[int, wire.Found | wire.Granted] = OrderedDict()
+        self._answers: OrderedDict[int, Answer] = OrderedDict()
+        self._nobodys: OrderedDict[int, Callable[[Answer], bool]] = OrderedDict()
         self._last_id = 0
         self._epoch = 0
         self._welcome: wire.Welcome | None = None
@@ -98,12 +100,26 @@ class CacheClient:
         number = self._next_id()
         return number if self.send(wire.Reserve(number, keys, tenant)) else 0
 
-    def take(self, number: int, wait_s: float = 0.0) -> wire.Found | wire.Granted | None:
+    def take(self, number: int, wait_s: float = 0.0) -> Answer | None:
         """The answer to one question, once; None if it has not come, nor comes within `wait_s`."""
         with self._answered:
             if wait_s and number not in self._answers:
                 self._answered.wait_for(lambda: number in self._answers, wait_s)
             return self._answers.pop(number, None)
+
+    def leave(self, number: int, give_back: Callable[[Answer], bool]) -> None:
+        """Nobody will take the answer to this question: `give_back` is called with it, here or on the client's thread,
+        and again with the next unless it says that this was the last. Never, if the connection ends before."""
+        while True:
+            with self._lock:
+                answer = self._answers.pop(number, None)
+                if answer is None:
+                    if self._welcome is not None:
+                        self._nobodys[number] = give_back
+                        _shorten(self._nobodys)
+                    return
+            if give_back(answer):
+                return
 
     def close(self) -> None:
         """Hangs up and ends the thread."""
@@ -156,6 +172,7 @@ class CacheClient:
         with self._lock:
             self._welcome = None
             self._answers.clear()
+            self._nobodys.clear()
         self._wake()
 
     def _converse(self, connection: socket.socket) -> None:
@@ -195,12 +212,21 @@ class CacheClient:
         if heard:
             self._wake()
 
-    def _keep(self, answer: wire.Found | wire.Granted) -> None:
+    def _keep(self, answer: Answer) -> None:
         with self._lock:
-            self._answers[answer.id] = answer
-            while len(self._answers) > MAX_ANSWERS:
-                self._answers.popitem(last=False)
-            self._answered.notify_all()
+            give_back = self._nobodys.pop(answer.id, None)
+            if give_back is None:
+                self._answers[answer.id] = answer
+                _shorten(self._answers)
+                self._answered.notify_all()
+        if give_back is not None and not give_back(answer):
+            self.leave(answer.id, give_back)
+
+
+def _shorten(known: OrderedDict[int, A]) -> None:
+    """Of a server that never answers, or of answers that nobody takes."""
+    while len(known) > MAX_ANSWERS:
+        known.popitem(last=False)
 
 
 def fetch_arena(path: str, name: str) -> tuple[int, int, str]:

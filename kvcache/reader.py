@@ -9,7 +9,7 @@ The question is asked when the request arrives, so the answer is often there whe
 not wait unless it is told that there is nothing else to do. What other tiers have may take as long as computing it
 (`Pace`). A server that does not answer within the budget is not asked again until a probe was answered (`Breaker`).
 
-Threads: the engine's thread alone.
+Threads: the engine's thread; what comes for a request that has ended is given back on the client's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import NamedTuple
 from core.clock import Clock
 from kvcache import wire
 from kvcache.breaker import Breaker
-from kvcache.client import CacheClient
+from kvcache.client import Answer, CacheClient
 from kvcache.keys import BlockKey, join_keys
 from kvcache.orders import Load, Loaded, Piece
 from kvcache.pace import Pace
@@ -215,6 +215,7 @@ class Reader:
             if look_up.is_gone:
                 del self._all[loaded.request_id]
                 self._abandon(look_up)
+                self._leave_late(look_up)
 
     def finished(self, request_id: str) -> None:
         """The engine is done with a request. Its pins stay while a load is under way."""
@@ -226,11 +227,14 @@ class Reader:
             return
         del self._all[request_id]
         if look_up.stage in (Stage.ASKED, Stage.COMING):
-            self._late.append(look_up)
+            self._client.leave(look_up.number, lambda answer: self._give_back_left(look_up, answer))
             return
+        if look_up.stage is Stage.PARTIAL:
+            self._client.leave(look_up.partial_number, lambda answer: self._give_back_partial(look_up, answer))
         if look_up.stage in (Stage.KNOWN, Stage.PARTIAL):
             self._end(look_up)
         self._abandon(look_up)
+        self._leave_late(look_up)
 
     def started(self, request_id: str) -> None:
         """The engine has begun without taking anything: nothing needs to stay pinned."""
@@ -323,6 +327,28 @@ class Reader:
             self._client.send(wire.Release(look_up.number))
         look_up.grants = answer.grants
         self._abandon(look_up)
+        return True
+
+    def _leave_late(self, look_up: _LookUp) -> None:
+        """Its request has ended, and an answer that it did not wait for may still come."""
+        if look_up in self._late:
+            self._late.remove(look_up)
+            self._client.leave(look_up.number, lambda answer: self._give_back_left(look_up, answer))
+
+    def _give_back_left(self, look_up: _LookUp, answer: Answer) -> bool:
+        """What is granted to a request that has ended, and held for it: no step may come in which somebody would look.
+        False if there is another answer to come."""
+        if isinstance(answer, wire.Found) and answer.coming:
+            return False
+        self._client.send(wire.Release(look_up.number))
+        look_up.grants = list(answer.grants)
+        self._abandon(look_up)
+        return True
+
+    def _give_back_partial(self, look_up: _LookUp, answer: Answer) -> bool:
+        """The same of the place for the prompt's end."""
+        if answer.grants:
+            self._client.send(wire.Abandon(look_up.prompt.partials.last))
         return True
 
     def _abandon(self, look_up: _LookUp) -> None:

@@ -8,7 +8,7 @@ A block that somebody else is writing is asked for again a little later, in case
 
     keys known ── Reserve ──▶ granted ── computed by the end of a step ──▶ Store ──▶ stored ── Commit ──▶ found
 
-Threads: the engine's thread alone.
+Threads: the engine's thread; what is granted to a request that has ended is given back on the client's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from core.clock import Clock
 from kvcache import wire
-from kvcache.client import CacheClient
+from kvcache.client import Answer, CacheClient
 from kvcache.index import RESERVATION_S
 from kvcache.keys import BlockKey, join_keys
 from kvcache.orders import Piece, Store, Stored
@@ -74,7 +74,6 @@ class Writer:
         self._clock = clock
         self._all: dict[str, _Places] = {}
         self._stores: list[Store] = []
-        self._late: list[_Places] = []
 
     def arrive(self, prompt: KeyedPrompt, *, asked: bool) -> None:
         """A request is new. asked: its look-up has asked for the places of the prompt's missing blocks, or somebody
@@ -138,7 +137,6 @@ class Writer:
 
     def take_stores(self) -> list[Store]:
         """The worker's orders for the step that is about to run."""
-        self._late = [places for places in self._late if not self._give_back(places)]
         stores, self._stores = self._stores, []
         return stores
 
@@ -158,20 +156,20 @@ class Writer:
             return
         if places.keys:
             self._client.send(wire.Touch(join_keys(places.keys)))
-        if not self._give_back(places):
-            self._late.append(places)
-
-    def _give_back(self, places: _Places) -> bool:
-        """Places of a request that has ended. True if no answer is missing any more."""
-        if places.epoch != self._client.epoch:
-            return True
-        self._hear(places)
         unused = [places.keys[index] for index in sorted(places.granted)]
         unused += [places.partial] if places.partial_place is not None else []
         if unused:
             self._client.send(wire.Abandon(join_keys(unused)))
-            places.granted, places.partial_place = {}, None
-        return not places.question
+        if places.question:
+            asked = [places.keys[index] for index in places.questioned]
+            self._client.leave(places.question, lambda answer: self._give_back(asked, answer))
+
+    def _give_back(self, asked: Sequence[BlockKey], answer: Answer) -> bool:
+        """Places that are granted to a request that has ended: no step may come in which somebody would look."""
+        unused = [asked[grant.index] for grant in answer.grants if grant.index < len(asked)]
+        if unused:
+            self._client.send(wire.Abandon(join_keys(unused)))
+        return True
 
     def _hear(self, places: _Places) -> None:
         if not places.question:

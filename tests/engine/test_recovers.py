@@ -62,6 +62,7 @@ def test_the_prefill_instance_dies(
     assert metric(cluster.url, "baton_fallbacks_total") == 1
 
 
+@pytest.mark.host_memory
 @pytest.mark.parametrize(
     ("transport", "connector"),
     [("zmq", {}), ("shm", {"full_digest": True})],

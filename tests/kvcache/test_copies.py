@@ -203,8 +203,40 @@ def test_a_hanging_server_costs_each_request_its_budget_until_the_breaker_opens_
         return tokens == 3 * BLOCK_SIZE
 
     until(hits, 15.0, "a hit after the server has recovered")
-    a.writer.take_stores()
     until(lambda: server.figures()["reserved_bytes"] == 0, what="places of requests that did not wait")
+
+
+def test_what_is_granted_when_nobody_is_there_any_more_is_given_back_without_another_step(
+    server: Server, pair: tuple[Instance, Instance]
+) -> None:
+    """The last request of an idle engine leaves while the server is slow: with its look-up open, with a look-up that it
+    did not wait for, and with a question for the places of its answer."""
+    a, b = pair
+    store_prompt(a)
+    assert b.arrive("writes", (1,)) == BLOCK_SIZE
+    before = server.figures()["questions"]
+    assert server.process is not None
+    os.kill(server.process.pid, signal.SIGSTOP)
+    try:
+        open_one = b.prompt("open", (1, 2, 41))
+        b.reader.arrive(open_one, reserve=True)
+        assert b.arrive("late", (1, 2, 42)) == 0
+        b.compute("writes", (1, 43), 2)
+        for request in ("open", "late", "writes"):
+            b.finish(request)
+    finally:
+        os.kill(server.process.pid, signal.SIGCONT)
+
+    def is_settled() -> bool:
+        figures = server.figures()
+        return figures["reserved_bytes"] + figures["cooling_bytes"] == 0
+
+    until(lambda: server.figures()["questions"] == before + 3, what="the server to have heard all of it")
+    until(is_settled, 5.0, "the places that nobody writes")
+    for number in range(50, 90):  # nothing is pinned: all of the arena may be others'
+        a.arrive(f"r{number}", (number,))
+        assert a.compute(f"r{number}", (number,), 1) == 1, number
+        a.finish(f"r{number}")
 
 
 def test_a_request_with_a_near_deadline_waits_a_tenth_of_it(server: Server) -> None:
