@@ -62,7 +62,8 @@ class BatonConnector(WorkerHooks, SchedulerHooks, SupportsHMA):
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
         """A wish, where the attention back end has the choice: heads outermost in a block, so that a rank of another
         size can be given some of them in one piece. MLA keeps one for all."""
-        return None if vllm_config.model_config.use_mla else HEADS_OUTERMOST
+        model = vllm_config.model_config
+        return None if model is None or model.use_mla else HEADS_OUTERMOST
 
     def shutdown(self) -> None:
         """The instance stops."""
