@@ -115,7 +115,10 @@ class Stand:
 
     def load(self, pieces: list[Piece]) -> None:
         """Raises RuntimeError if a block differs."""
-        if self.reads.read_all(self.mapped, pieces, self.reads.mark()):
+        ordered = self.reads.mark()
+        bad = self.reads.read_all(self.mapped, pieces, ordered)
+        ordered.release()
+        if bad:
             raise RuntimeError("a block differs from what was stored")
 
     def digest(self) -> None:

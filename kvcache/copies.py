@@ -23,7 +23,7 @@ class Reads(Protocol):
 
     def mark(self) -> Moment | None:
         """When a load is ordered: what the computation was given so far comes before it. None where that is done
-        already. Raises TransferError if a device has failed."""
+        already. Released by whoever asked. Raises TransferError if a device has failed."""
         ...
 
     def read_all(self, arena: MappedArena, pieces: Sequence[Piece], ordered: Moment | None) -> list[Written]:

@@ -97,16 +97,7 @@ class DeviceReads:
 
     def read_all(self, arena: MappedArena, pieces: Sequence[Piece], ordered: Moment | None) -> list[Written]:
         assert ordered is not None
-        layers = _Layers(arena, self._regions, pieces, self._copiers)
-        try:
-            if self._lane is None:
-                self._lane = self._device.lane()
-            for layer in range(len(self._regions)):
-                self._faults.reach("load", layer=layer)
-                layers.load(self._lane, layer, ordered)
-        finally:
-            ordered.release()
-            totals = layers.digests()
+        totals = self._load(_Layers(arena, self._regions, pieces, self._copiers), ordered)
         return [
             Written(piece.key, piece.offset, piece.digest)
             for piece, total in zip(pieces, totals, strict=True)
@@ -116,6 +107,18 @@ class DeviceReads:
     def close(self) -> None:
         if self._lane is not None:
             self._lane.close()
+
+    def _load(self, layers: _Layers, ordered: Moment) -> list[int]:
+        """The digests; every copy that was begun has ended, also where one is refused."""
+        try:
+            if self._lane is None:
+                self._lane = self._device.lane()
+            for layer in range(len(self._regions)):
+                self._faults.reach("load", layer=layer)
+                layers.load(self._lane, layer, ordered)
+        finally:
+            totals = layers.digests()
+        return totals
 
 
 class DeviceWriting:

@@ -95,4 +95,7 @@ class Loader:
             why = str(error)
         except Exception as error:  # noqa: BLE001 - the thread must survive: a request waits for its answer
             why = f"{type(error).__name__}: {error}"
+        finally:
+            if ordered is not None:
+                ordered.release()
         return load.ended(part_bytes, self._clock.monotonic_s() - begun_s, why, bad)

@@ -64,7 +64,8 @@ def on_driver() -> Iterator[Computation]:
     )
     gpu.close()
     gpu.library.software_end(stream)
-    until(lambda: gpu.count("pinned") == gpu.count("streams") == 0, what="everything taken from the GPU is given back")
+    taken = ("streams", "events", "retained", "pinned", "memories")
+    until(lambda: all(gpu.count(what) == 0 for what in taken), what="everything taken from the GPU is given back")
 
 
 class Stand:
@@ -231,6 +232,8 @@ def test_a_slot_that_is_none_is_refused_before_anything_is_copied(stand: Stand) 
     assert stand.end().given_up == [key(1)]
     stand.loader.start(Load("r", "arena", [Piece(1, ARENA_BYTES, key(1))]))
     assert "outside the arena" in stand.loaded().why
+    stand.loader.start(Load("r", "another arena", [Piece(1, 0, key(1))]))
+    assert "another arena" in stand.loaded().why
 
 
 def test_a_device_that_fails_gives_everything_up(stand: Stand) -> None:
