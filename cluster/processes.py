@@ -21,6 +21,8 @@ STOP_TIMEOUT_S = 4.0
 KILL_TIMEOUT_S = 2.0
 TRACKER_TIMEOUT_S = 1.0
 _POLL_S = 0.02
+_NUM_THREADS = 17
+"""Of the fields of /proc/PID/stat behind the name."""
 _SEGMENT = re.compile(r"/dev/shm/(?:psm_|vllm_dist_)\S+")
 
 
@@ -120,12 +122,13 @@ def wait_for_end(groups: Collection[int], timeout_s: float) -> None:
 
 
 def _groups() -> list[tuple[int, int]]:
-    """(pid, group) of every process that is not a zombie."""
+    """(pid, group) of every process that is not dead: a zombie with another thread still has its files, and listens
+    where it did, until that thread has given back the memory."""
     result = []
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
             with suppress(OSError, IndexError, ValueError):
                 fields = Path(entry.path, "stat").read_bytes().rpartition(b")")[2].split()
-                if fields[0] not in (b"Z", b"X"):
+                if fields[0] not in (b"Z", b"X") or int(fields[_NUM_THREADS]) > 1:
                     result.append((int(entry.name), int(fields[2])))
     return result
