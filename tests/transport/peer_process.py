@@ -73,9 +73,13 @@ class PeerProcess:
         return self.says()
 
     def signal(self, number: signal.Signals) -> None:
+        """Killed or stopped, it is when this returns, with every thread."""
         self._child.send_signal(number)
         if number == signal.SIGKILL:
             self._child.wait()
+        if number == signal.SIGSTOP:
+            tasks = Path(f"/proc/{self._child.pid}/task")
+            until(lambda: all(b") T" in each.read_bytes() for each in tasks.glob("*/stat")), what="the stop")
 
 
 def say(words: object) -> None:
