@@ -37,7 +37,10 @@ class Stage:
 
     def only_below(self) -> None:
         """PROMPT is stored; then the arena is filled with other blocks until only the tier below has it."""
-        budget_s, self.instance.reader._budget_s = self.instance.reader._budget_s, 5.0  # also on a busy machine
+        budget_s, self.instance.reader._desk.budget_s = (
+            self.instance.reader._desk.budget_s,
+            5.0,
+        )  # also on a busy machine
         self.store()
         until(lambda: len(self.kept.kept) == len(PROMPT), what="the blocks below")
         for number in range(100, 100 + ARENA_BYTES // BLOCK_BYTES):
@@ -46,7 +49,7 @@ class Stage:
             self.instance.finish(f"fill{number}")
             until(lambda number=number: key(number) in self.kept.kept, what="the block below")  # type: ignore[misc]
         self.kept.delete([key(number) for number in range(100, 200)])
-        self.instance.reader._budget_s = budget_s
+        self.instance.reader._desk.budget_s = budget_s
 
     def wanted(self, request: str) -> int:
         """Asks for PROMPT; returns the tokens that may be loaded."""
@@ -111,7 +114,6 @@ def test_a_hanging_tier_delays_a_look_up_by_its_budget_and_is_bypassed(stage: St
         waits.append(time.monotonic() - begun_s)
         stage.instance.finish(f"r{number}")
         stage.instance.step()
-        stage.instance.reader.take_loads()
     assert max(waits) < 1.0
     until(lambda: stage.server.figures()["memory_bypassed"] == 1, what="the breaker")
 
@@ -124,17 +126,12 @@ def test_blocks_that_come_too_late_for_their_request_are_given_back(stage: Stage
     assert instance.arrive("first", PROMPT[:1]) == BLOCK_SIZE
     instance.finish("first")
     instance.reader.pace.computed(1000, 0.001)
-    instance.reader._budget_s = 0.3
+    instance.reader._desk.budget_s = 0.3
     stage.tier.faults = TierFaults(delay_s=0.2)
     assert instance.arrive("late", PROMPT) == BLOCK_SIZE
     assert stage.load("late", 1) == stage.blocks[:1]
     instance.finish("late")
-
-    def nothing_waits() -> bool:
-        instance.reader.take_loads()
-        return not instance.reader._late
-
-    until(nothing_waits, what="the late answer, or word that none will come")
+    until(lambda: not instance.client._nobodys, what="the late answer, or word that none will come")
     stage.tier.faults = TierFaults()
     instance.reader.pace.computed(1000, 1000.0)
     assert stage.wanted("next") == 3 * BLOCK_SIZE

@@ -356,7 +356,6 @@ def test_a_server_keeps_blocks_in_s3_and_another_finds_them(
         def is_stored() -> bool:
             """Before the client of S3 is there, a request does not wait for it, and is not stored either."""
             request = f"try{next(tries)}"
-            instance.reader.take_loads()  # gives back what was granted too late
             instance.arrive(request, PROMPT)
             num_stored = instance.compute(request, PROMPT, len(PROMPT))
             instance.finish(request)
