@@ -16,91 +16,23 @@ and, since a copy within one GPU takes as long as its launch, the same with eigh
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
 import json
 import random
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
+from benchmarks.gpu_ground import BLOCK_BYTES, ground, median_s, parser_of, speeds
 from transport.base import Blocks, Endpoint, Region, Transfer, TransferState
-from transport.cuda_device import CudaDevice
 from transport.cuda_ipc import CudaIpcTransport, unavailable
-from transport.device import Device
-from transport.host_device import HostDevice
 
-BLOCK_BYTES = {"qwen2.5-0.5b": 8 << 10, "llama-3-8b": 64 << 10, "deepseek-v3": 18 << 10}
 NUM_LAYERS = 32
-NUM_TURNS = 9
 UNDER_WAY = 8
 WAIT_S = 30.0
-
-
-class Ground(Protocol):
-    """Where the memories lie, and how they are copied without us."""
-
-    device: Device
-
-    def memory(self, num_bytes: int, gpu: int) -> int: ...
-
-    def copy(self, target: int, source: int, num_bytes: int, times: int) -> None:
-        """So many copies, one behind the other; done when it returns."""
-        ...
-
-
-class HostGround:
-    """Host memory and memmove."""
-
-    def __init__(self) -> None:
-        self.device: Device = HostDevice()
-
-    def memory(self, num_bytes: int, gpu: int) -> int:
-        memory = self.device.allocate(num_bytes)
-        assert memory is not None
-        return memory.address
-
-    def copy(self, target: int, source: int, num_bytes: int, times: int) -> None:
-        for _ in range(times):
-            ctypes.memmove(target, source, num_bytes)
-
-
-class GpuGround:
-    """torch's memory, and its copies."""
-
-    def __init__(self) -> None:
-        import torch
-
-        self._torch: Any = torch
-        self._tensors: dict[int, Any] = {}
-        self.device: Device = CudaDevice(lambda: int(torch.cuda.current_stream().cuda_stream))
-
-    def memory(self, num_bytes: int, gpu: int) -> int:
-        tensor = self._torch.zeros(num_bytes, dtype=self._torch.uint8, device=f"cuda:{gpu}")
-        self._torch.cuda.synchronize(gpu)
-        self._tensors[tensor.data_ptr()] = tensor
-        return int(tensor.data_ptr())
-
-    def tensor(self, address: int) -> Any:
-        """What `memory` made there."""
-        return self._tensors[address]
-
-    def copy(self, target: int, source: int, num_bytes: int, times: int) -> None:
-        done = self._torch.cuda.Event()
-        for _ in range(times):
-            self._tensors[target][:num_bytes].copy_(self._tensors[source][:num_bytes], non_blocking=True)
-        done.record()
-        while not done.query():
-            pass
-
-
-def ground(is_host: bool) -> Ground:
-    """On this machine."""
-    return HostGround() if is_host else GpuGround()
 
 
 def register(transport: CudaIpcTransport, address: int, num_bytes: int) -> None:
@@ -141,16 +73,6 @@ def wait(transfers: list[Transfer]) -> None:
                 raise RuntimeError(f"a transfer still runs after {WAIT_S} s")
         if transfer.poll() is not TransferState.DONE:
             raise RuntimeError(transfer.failure())
-
-
-def median_s(work: Callable[[], object]) -> float:
-    """Of several turns; the first warms up."""
-    times = []
-    for _ in range(NUM_TURNS + 1):
-        begun_s = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begun_s)
-    return statistics.median(times[1:])
 
 
 def split(blocks: Blocks, parts: int) -> list[Blocks]:
@@ -196,20 +118,12 @@ def measure(is_host: bool, megabytes: list[int], gpu: int) -> list[dict[str, Any
 
 def line(row: dict[str, Any]) -> str:
     """GB/s, and the ratios that matter."""
-    speed = {name: row["bytes"] / row[name] / 1e9 for name in ("copy", "write", "layers", "copies", "writes")}
-    text = "  ".join(f"{name} {value:7.1f}" for name, value in speed.items())
-    return (
-        f"{row['model']:>13} {row['bytes'] / 1e6:7.0f} MB {row['blocks']:6} blocks   GB/s: {text}   "
-        f"write/copy {speed['write'] / speed['copy']:.2f}  under way {speed['writes'] / speed['copies']:.2f}"
-    )
+    speed, text = speeds(row, ("copy", "write", "layers", "copies", "writes"))
+    return f"{text}write/copy {speed['write'] / speed['copy']:.2f}  under way {speed['writes'] / speed['copies']:.2f}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cuda_ipc", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("--host", action="store_true", help="on host memory, which says nothing about a GPU")
-    parser.add_argument("--megabytes", default="16,64,256,1024", help="payloads (default: %(default)s)")
+    parser = parser_of("cuda_ipc", __doc__)
     parser.add_argument("--owner-gpu", type=int, default=0, help="the receiver's GPU (default: %(default)s)")
     parser.add_argument("--own", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()

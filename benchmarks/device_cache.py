@@ -16,7 +16,6 @@ least 0.7 of down, and load of up.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import functools
 import json
@@ -26,7 +25,7 @@ import sys
 import time
 from typing import Any, Protocol
 
-from benchmarks.cuda_ipc import BLOCK_BYTES, GpuGround, Ground, HostGround, median_s
+from benchmarks.gpu_ground import BLOCK_BYTES, GpuGround, Ground, ground, median_s, parser_of, speeds
 from kvcache.arena import Arena, MappedArena
 from kvcache.copiers import Copiers
 from kvcache.device_copies import DeviceReads, DeviceWrites
@@ -150,10 +149,11 @@ def figures(stand: Stand, copies: Copies, payload: int) -> dict[str, float]:
 
 def measure(is_host: bool, megabytes: list[int]) -> list[dict[str, Any]]:
     """A row per model and payload, printed as it comes."""
-    here: HostGround | GpuGround = HostGround() if is_host else GpuGround()
-    num_bytes, rows = max(megabytes) << 20, []
+    here, num_bytes, rows = ground(is_host), max(megabytes) << 20, []
     address = here.memory(num_bytes, 0)
-    copies = HostCopies(address, num_bytes) if isinstance(here, HostGround) else TorchCopies(here.tensor(address))
+    copies: Copies = HostCopies(address, num_bytes)
+    if isinstance(here, GpuGround):
+        copies = TorchCopies(here.tensor(address))
     for model, block_bytes in BLOCK_BYTES.items():
         for size in megabytes:
             num_blocks = max((size << 20) // (block_bytes * LAYERS), 1)
@@ -168,20 +168,12 @@ def measure(is_host: bool, megabytes: list[int]) -> list[dict[str, Any]]:
 
 def line(row: dict[str, Any]) -> str:
     """GB/s, and the ratios that matter."""
-    speed = {name: row["bytes"] / row[name] / 1e9 for name in ("down", "up", "store", "load", "digest")}
-    text = "  ".join(f"{name} {value:6.1f}" for name, value in speed.items())
-    return (
-        f"{row['model']:>13} {row['bytes'] / 1e6:6.0f} MB {row['blocks']:5} blocks   GB/s: {text}   "
-        f"store/down {speed['store'] / speed['down']:.2f}  load/up {speed['load'] / speed['up']:.2f}"
-    )
+    speed, text = speeds(row, ("down", "up", "store", "load", "digest"))
+    return f"{text}store/down {speed['store'] / speed['down']:.2f}  load/up {speed['load'] / speed['up']:.2f}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.device_cache", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("--host", action="store_true", help="on host memory, which says nothing about a GPU")
-    parser.add_argument("--megabytes", default="16,64,256,1024", help="payloads (default: %(default)s)")
+    parser = parser_of("device_cache", __doc__)
     options = parser.parse_args()
     if why := "" if options.host else unavailable():
         sys.exit(f"there is no GPU to measure here: {why}")

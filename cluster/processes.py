@@ -1,6 +1,6 @@
 """Children of the launcher, each the head of a process group of its own: looked at, signalled and ended as groups.
 
-A group counts as alive while /proc shows a member that is not a zombie; a killed API server's engine core is one.
+A group counts as alive while /proc shows a member that is not dead; a killed API server's engine core is one.
 """
 
 from __future__ import annotations

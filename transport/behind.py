@@ -16,7 +16,7 @@ import collections
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from core.errors import TransferError
 from transport.base import Blocks, Endpoint, Landing, Memory, Region, Transfer, TransferState, Transport
@@ -24,6 +24,7 @@ from transport.device import Device, Moment
 
 _PAUSE_S = 0.0002
 _IDLE_PAUSE_S = 0.5
+_CLOSE_TIMEOUT_S = 5.0
 
 
 class BehindComputation:
@@ -87,14 +88,6 @@ class BehindTransfer:
         return self.begun.failure() if self.begun is not None else self.why_failed
 
 
-class _Order:
-    """What a write was asked for."""
-
-    def __init__(self, transfer: BehindTransfer, tag: str, local: Blocks, remote: Blocks, notice: bytes | None) -> None:
-        self.transfer = transfer
-        self.tag, self.local, self.remote, self.notice = tag, local, remote, notice
-
-
 class BehindEndpoint:
     """See transport/base.py: Endpoint. Arguments that do not fit are refused when the write begins: at once if the
     device has nothing to compute."""
@@ -104,17 +97,16 @@ class BehindEndpoint:
         self._device = device
         self._pump = pump
         self._lock = threading.Lock()
-        self._waiting: collections.deque[_Order] = collections.deque()
+        self._waiting: collections.deque[tuple[BehindTransfer, Callable[[], Transfer]]] = collections.deque()
 
     def write(self, tag: str, local: Blocks, remote: Blocks, notice: bytes | None = None) -> BehindTransfer:
         transfer = BehindTransfer(self, self._device.mark())
-        order = _Order(transfer, tag, local, remote, notice)
         with self._lock:
             if not self._waiting and transfer.computed.has_passed():
                 transfer.computed.release()
                 transfer.begun = self._inner.write(tag, local, remote, notice)
                 return transfer
-            self._waiting.append(order)
+            self._waiting.append((transfer, lambda: self._inner.write(tag, local, remote, notice)))
         self._pump.stir()
         return transfer
 
@@ -136,8 +128,8 @@ class BehindEndpoint:
         """Begins what has been computed, in the order of the writes; whether more waits."""
         with self._lock:
             try:
-                while self._waiting and self._waiting[0].transfer.computed.has_passed():
-                    self._begin(self._waiting.popleft())
+                while self._waiting and self._waiting[0][0].computed.has_passed():
+                    self._begin(*self._waiting.popleft())
             except TransferError as error:
                 self._end_all(str(error))
             return bool(self._waiting)
@@ -147,19 +139,19 @@ class BehindEndpoint:
             if transfer.begun is not None:
                 transfer.begun.cancel()
                 return
-            self._waiting = collections.deque(each for each in self._waiting if each.transfer is not transfer)
+            self._waiting = collections.deque(each for each in self._waiting if each[0] is not transfer)
             self._end(transfer, "cancelled")
 
-    def _begin(self, order: _Order) -> None:
-        order.transfer.computed.release()
+    def _begin(self, transfer: BehindTransfer, write: Callable[[], Transfer]) -> None:
+        transfer.computed.release()
         try:
-            order.transfer.begun = self._inner.write(order.tag, order.local, order.remote, order.notice)
+            transfer.begun = write()
         except TransferError as error:
-            order.transfer.why_failed = str(error)
+            transfer.why_failed = str(error)
 
     def _end_all(self, why: str) -> None:
         while self._waiting:
-            self._end(self._waiting.popleft().transfer, why)
+            self._end(self._waiting.popleft()[0], why)
 
     def _end(self, transfer: BehindTransfer, why: str) -> None:
         if not transfer.why_failed:
@@ -193,7 +185,7 @@ class _Pump:
         self._is_closed = True
         self._stir.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_CLOSE_TIMEOUT_S)
 
     def _run(self) -> None:
         while not self._is_closed:

@@ -28,7 +28,7 @@ class PinnedMemory:
 
     def pin(self, address: int, num_bytes: int) -> int:
         """Where the GPU sees it. Raises TransferError, with nothing pinned, if it cannot be, or not in one piece."""
-        pieces = self._pieces[address] = []
+        pieces: list[int] = []
         seen_at = []
         try:
             for offset in range(0, num_bytes, PIECE_BYTES):
@@ -41,14 +41,18 @@ class PinnedMemory:
             if len(set(seen_at)) != 1:
                 raise TransferError("the GPU sees its pieces apart")
         except TransferError as error:
-            self.unpin(address)
+            self._unregister(pieces)
             raise TransferError(
                 f"{num_bytes} bytes of the host's memory cannot be pinned for the GPU; fewer may be (--cache): {error}"
             ) from error
+        self._pieces[address] = pieces
         return seen_at[0]
 
     def unpin(self, address: int) -> None:
         """A device that has failed unpins nothing more."""
-        for piece in self._pieces.pop(address):
+        self._unregister(self._pieces.pop(address))
+
+    def _unregister(self, pieces: list[int]) -> None:
+        for piece in pieces:
             with contextlib.suppress(TransferError):
                 self._driver.call("cuMemHostUnregister", piece)

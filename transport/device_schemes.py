@@ -46,7 +46,6 @@ def device_transports(
     refuse_off_device(transport)
     if transport == "cuda_ipc":
         return {transport: CudaIpcTransport(device)}
-    guarded = GuardedTransport(
-        make_transport(transport, host, keys, options)
-    )  # the thread in front of it is a caller too
+    # the thread in front of it is a caller too
+    guarded = GuardedTransport(make_transport(transport, host, keys, options))
     return {transport: BehindComputation(guarded, device)}

@@ -168,10 +168,8 @@ def test_what_is_stored_is_what_the_step_computes_and_comes_back_whole(stand: St
     assert (stand.block(5), stand.block(6)) == (stand.block(2), stand.block(0))
 
 
-def test_a_step_ends_when_its_blocks_have_been_copied(stand: Stand) -> None:
-    """They may be anybody's then: another request's, or a peer's, which writes when it likes."""
-    stand.computation.hold(True)
-    stand.begin(1)
+def ends_when_let_go(stand: Stand) -> list[Stored]:
+    """The step's answers, of which there is none while the computation stands still."""
     answers: list[Stored] = []
     step = threading.Thread(target=lambda: answers.append(stand.end()))
     step.start()
@@ -179,7 +177,15 @@ def test_a_step_ends_when_its_blocks_have_been_copied(stand: Stand) -> None:
     assert step.is_alive()
     stand.computation.hold(False)
     step.join(10.0)
-    assert [block.key for block in answers[0].blocks] == [key(1)]
+    return answers
+
+
+def test_a_step_ends_when_its_blocks_have_been_copied(stand: Stand) -> None:
+    """They may be anybody's then: another request's, or a peer's, which writes when it likes."""
+    stand.computation.hold(True)
+    stand.begin(1)
+    (stored,) = ends_when_let_go(stand)
+    assert [block.key for block in stored.blocks] == [key(1)]
     assert stand.slot(1) == stand.block(1)
 
 
@@ -188,14 +194,8 @@ def test_a_store_that_is_given_up_has_ended_too(stand: Stand) -> None:
     stand.computation.hold(True)
     stand.begin(1)
     stand.storer.spoil()
-    answers: list[Stored] = []
-    step = threading.Thread(target=lambda: answers.append(stand.end()))
-    step.start()
-    step.join(0.2)
-    assert step.is_alive()
-    stand.computation.hold(False)
-    step.join(10.0)
-    assert (answers[0].blocks, answers[0].given_up) == ([], [key(1)])
+    (stored,) = ends_when_let_go(stand)
+    assert (stored.blocks, stored.given_up) == ([], [key(1)])
 
 
 def test_a_load_comes_behind_what_was_computed_before_it(stand: Stand) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
-from transport.base import Blocks, Landing, Region, Transport
+from transport.base import Blocks, Endpoint, Landing, Region, Transport
 from transport.digest import blocks_digest
 
 
@@ -37,3 +38,16 @@ class Owned:
 
     def digest(self, ids: Iterable[int]) -> int:
         return blocks_digest(self.region, tuple(ids), 0, full=True)
+
+
+@contextmanager
+def connected(sender: Transport, receiver: Transport) -> Iterator[tuple[Owned, Owned, Endpoint]]:
+    """Sender (blocks full of 1), receiver (of 0), and the sender's endpoint."""
+    owned = Owned(sender, fill=1), Owned(receiver)
+    endpoint = sender.connect(receiver.describe())
+    try:
+        yield *owned, endpoint
+    finally:
+        endpoint.close()
+        sender.close()
+        receiver.close()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.poll import until
-from tests.transport.memory import Owned
+from tests.transport.memory import Owned, connected
 from transport import nixl
 from transport.base import Endpoint, TransferState, Transport
 from transport.behind import BehindComputation
@@ -28,18 +28,12 @@ def behind(scheme: str, device: HostDevice | None = None) -> BehindComputation:
 
 @contextmanager
 def pair(device: HostDevice) -> Iterator[tuple[Owned, Owned, Endpoint]]:
-    """Sender (blocks full of 1), receiver (of 0), and the sender's endpoint, which has moved one block."""
-    sender, receiver = Owned(behind("zmq", device), fill=1), Owned(behind("zmq"))
-    endpoint = sender.transport.connect(receiver.transport.describe())
-    landing = receiver.expect("first", [7])
-    finish(endpoint.write("first", sender.blocks([7]), receiver.blocks([7])))
-    landing.close()
-    try:
+    """See `connected`; one block has been moved. device: the sender's."""
+    with connected(behind("zmq", device), behind("zmq")) as (sender, receiver, endpoint):
+        landing = receiver.expect("first", [7])
+        finish(endpoint.write("first", sender.blocks([7]), receiver.blocks([7])))
+        landing.close()
         yield sender, receiver, endpoint
-    finally:
-        endpoint.close()
-        sender.transport.close()
-        receiver.transport.close()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

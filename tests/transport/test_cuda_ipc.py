@@ -15,8 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import msgspec
@@ -24,7 +23,7 @@ import pytest
 
 from core.errors import ConfigError, TransferError
 from tests.poll import until
-from tests.transport.memory import Owned
+from tests.transport.memory import Owned, connected
 from tests.transport.peer_process import NUM_BLOCKS, ROOT, PeerProcess
 from transport import cuda_ipc, cuda_ipc_endpoint
 from transport.base import Endpoint, Region, Transfer, TransferState
@@ -46,17 +45,9 @@ def host_transport() -> CudaIpcTransport:
     return CudaIpcTransport(HostDevice())
 
 
-@contextmanager
-def pair(device: HostDevice | None = None) -> Iterator[tuple[Owned, Owned, Endpoint]]:
-    """Sender (blocks full of 1), receiver (of 0), and the sender's endpoint."""
-    sender, receiver = Owned(CudaIpcTransport(device or HostDevice()), fill=1), Owned(host_transport())
-    endpoint = sender.transport.connect(receiver.transport.describe())
-    try:
-        yield sender, receiver, endpoint
-    finally:
-        endpoint.close()
-        sender.transport.close()
-        receiver.transport.close()
+def pair(device: HostDevice | None = None) -> AbstractContextManager[tuple[Owned, Owned, Endpoint]]:
+    """See `connected`. device: the sender's."""
+    return connected(CudaIpcTransport(device or HostDevice()), host_transport())
 
 
 def is_running(transfer: Transfer) -> bool:

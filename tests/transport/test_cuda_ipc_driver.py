@@ -293,8 +293,9 @@ def test_memory_of_the_host_is_pinned_in_pieces_that_drivers_take(
         gpu.pin(address, 5 * 4096)
     gpu.library.software_pin_at_most(0)
     assert gpu.pin(address, 4096) == address  # what was refused is not taken for pinned
-    with pytest.raises(TransferError, match="pinned already"):
-        gpu.pin(address - 4096, 3 * 4096)
+    for first in (address - 4096, address):
+        with pytest.raises(TransferError, match="pinned already"):
+            gpu.pin(first, 3 * 4096)
     assert gpu.count("pinned") == 1
     gpu.unpin(address)
     del anchor
