@@ -112,10 +112,14 @@ class LookUp:
 
     def num_tokens(self, found_tokens: int, num_prompt: int) -> int:
         """How many tokens after `found_tokens` can be loaded; at most all but the last of the prompt."""
-        full_tokens = len(self.slots) * self._desk.block_size
-        if self._partial is not None and self._is_worth(self._partial, max(found_tokens, full_tokens), num_prompt):
-            full_tokens += self._partial.num_tokens
-        return max(min(full_tokens, num_prompt - 1) - found_tokens, 0)
+        block_size = self._desk.block_size
+        end_tokens = len(self.slots) * block_size
+        if self._partial is not None:
+            with_partial = end_tokens + self._partial.num_tokens
+            gained = min(with_partial, num_prompt - 1) - max(found_tokens, end_tokens)
+            if gained > 0 and self._desk.pace.is_worth_a_block(gained, block_size):
+                end_tokens = with_partial
+        return max(min(end_tokens, num_prompt - 1) - found_tokens, 0)
 
     def pieces(self, block_ids: Sequence[int], first_token: int, end_token: int) -> list[Piece]:
         """The blocks with tokens [first, end)."""
@@ -243,11 +247,6 @@ class LookUp:
     def _key(self, index: int) -> BlockKey:
         """Of a granted place: one more than the full blocks is the prompt's end."""
         return self._prompt.keys[index] if index < len(self._prompt.keys) else self._prompt.partials.last
-
-    def _is_worth(self, partial: _Partial, known_tokens: int, num_prompt: int) -> bool:
-        end_tokens = len(self.slots) * self._desk.block_size + partial.num_tokens
-        gained = min(end_tokens, num_prompt - 1) - known_tokens
-        return gained > 0 and self._desk.pace.is_worth_a_block(gained, self._desk.block_size)
 
     def _patience_s(self) -> float:
         desk, within_s = self._desk, self._prompt.within_s
